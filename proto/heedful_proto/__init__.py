@@ -1,0 +1,1 @@
+"""Contract on the wire: the generated heedful.v1 modules. Imports only protobuf and grpc."""
