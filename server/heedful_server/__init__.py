@@ -1,0 +1,1 @@
+"""The heedful server process and its engine child."""

@@ -1,0 +1,1 @@
+"""The engine child process: scheduler, step loop, sampling, detokenising."""

@@ -1,0 +1,398 @@
+"""The engine: requests in, deltas out, one step at a time.
+
+Owns the table of requests and what happens to them between submission and their last delta. It
+knows nothing of sockets, processes or tensors: the scheduler decides what runs, the runner
+computes it. Runs in the engine child's main thread; no method blocks except step(), which takes
+one forward pass.
+
+One bad request cannot end the engine: whatever a request raises by itself fails that request, and
+a forward pass that raises fails the requests that were in it.
+"""
+
+import time
+from collections.abc import Callable
+
+import structlog
+
+from heedful_server.engine.constraint import CompiledConstraint
+from heedful_server.engine.requests import GenerateRequest, Sample, ScoreRequest
+from heedful_server.engine.runner import Runner, StepResult
+from heedful_server.engine.sampler import SampledTokens, SamplerRow
+from heedful_server.engine.scheduler import RequestTooLong, Scheduler, StepPlan
+from heedful_server.engine.sequence import EngineRequest, Sequence
+from heedful_server.errors import EngineRequestError
+from heedful_server.protocol import (
+    Delta,
+    EngineStats,
+    Failed,
+    FailureKind,
+    FinishReason,
+    Score,
+    Scored,
+    Submit,
+)
+from heedful_server.text.detokenizer import StreamDetokenizer
+from heedful_server.text.tokenizer import Tokenizer
+
+log = structlog.get_logger(__name__)
+
+Report = Delta | Failed | Scored
+
+
+class Engine:
+    """Requests, their sequences and the step that advances them."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer,
+        max_model_len: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._tokenizer = tokenizer
+        self._eos_token_ids = tokenizer.eos_token_ids
+        self._max_model_len = max_model_len
+        self._clock = clock
+        self._requests: dict[str, GenerateRequest] = {}
+        self._scores: dict[str, ScoreRequest] = {}
+        self._reports: list[Report] = []
+        self._num_steps = 0
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would compute anything."""
+        return self._scheduler.num_running + self._scheduler.num_waiting > 0
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether any request is unfinished, be it only that its constraint is being compiled."""
+        return bool(self._requests or self._scores)
+
+    def submit(self, message: Submit) -> None:
+        """Take a generate request; one with a constraint waits for release()."""
+        now_s = self._clock()
+        samples = [
+            Sample(index, StreamDetokenizer(self._tokenizer, message.sampling.stop))
+            for index in range(message.n)
+        ]
+        deadline_at_s = None if message.deadline_s is None else now_s + message.deadline_s
+        request = GenerateRequest(message, samples, now_s, deadline_at_s)
+        self._requests[message.request_id] = request
+        if message.constraint is None:
+            self._queue(request)
+
+    def release(self, request_id: str, constraint: CompiledConstraint) -> None:
+        """Queue a request whose constraint is compiled, unless it was cancelled meanwhile."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        for sample in request.samples:
+            sample.matcher = constraint.matcher()
+        self._queue(request)
+
+    def refuse(self, request_id: str, error: EngineRequestError) -> None:
+        """Fail a request that is not queued yet, unless it was cancelled meanwhile."""
+        if self._requests.pop(request_id, None) is not None:
+            self._reports.append(Failed(request_id, error.kind, str(error), error.field))
+
+    def _queue(self, request: GenerateRequest) -> None:
+        message = request.submit
+        try:
+            self._scheduler.add(
+                EngineRequest(
+                    request_id=message.request_id,
+                    prompt_token_ids=message.prompt_token_ids,
+                    n=message.n,
+                    max_tokens=message.sampling.max_tokens,
+                    priority=message.priority,
+                    cache_salt=_salt(message.cache_salt, message.policy),
+                    deadline_at_s=request.deadline_at_s,
+                )
+            )
+        except RequestTooLong as error:
+            del self._requests[message.request_id]
+            self._reports.append(Failed(message.request_id, "resource", str(error), "prompt"))
+
+    def score(self, message: Score) -> None:
+        """Queue a score request: one sequence an item."""
+        deadline_at_s = None if message.deadline_s is None else self._clock() + message.deadline_s
+        request = ScoreRequest(message, deadline_at_s, [[] for _ in message.items])
+        self._scores[message.request_id] = request
+        if request.finished:
+            self._finish_score(message.request_id, request)
+            return
+        for idx, item in enumerate(message.items):
+            if not item.completion_token_ids:
+                continue
+            try:
+                self._scheduler.add(
+                    EngineRequest(
+                        request_id=_score_id(message.request_id, idx),
+                        prompt_token_ids=item.prompt_token_ids + item.completion_token_ids,
+                        n=1,
+                        max_tokens=0,
+                        priority=message.priority,
+                        cache_salt=_salt(message.cache_salt, message.policy),
+                        logits_start=len(item.prompt_token_ids) - 1,
+                        deadline_at_s=deadline_at_s,
+                    )
+                )
+            except RequestTooLong as error:
+                self._fail_score(message.request_id, "resource", str(error), f"items[{idx}]")
+                return
+
+    def cancel(self, request_id: str, reason: FinishReason) -> None:
+        """End a request now; what it sampled so far has been or will be reported."""
+        if request_id in self._scores:
+            self._drop_score(request_id)
+            return
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return
+        self._scheduler.cancel(request_id)
+        for sample in request.samples:
+            if not sample.finished:
+                self._reports.append(self._last_delta(request, sample, reason))
+
+    def take_reports(self) -> list[Report]:
+        """Return what has happened since the last call."""
+        reports, self._reports = self._reports, []
+        return reports
+
+    def stats(self, step_s: float, num_tokens: int, num_bytes: int) -> EngineStats:
+        """Return where the engine stands after a step of the given cost."""
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_free_blocks=scheduler.num_free_blocks,
+            num_blocks=scheduler.num_blocks,
+            num_cached_blocks=scheduler.num_cached_blocks,
+            preemptions=scheduler.preemptions,
+            prefix_cache_queries=scheduler.prefix_cache_queries,
+            prefix_cache_hits=scheduler.prefix_cache_hits,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            steps=self._num_steps,
+            step_s=step_s,
+            step_tokens=num_tokens,
+            step_bytes=num_bytes,
+            kernel_fallbacks=dict(self._runner.decoder.fallbacks),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when an idle engine still holds KV blocks or requests."""
+        assert not self._requests, f"idle engine holds requests {sorted(self._requests)}"
+        assert not self._scores, f"idle engine holds scores {sorted(self._scores)}"
+        self._scheduler.check_integrity()
+
+    def step(self) -> int:
+        """Run one step and return how many tokens it computed."""
+        self._expire()
+        plan = self._scheduler.schedule()
+        if not plan.chunks:
+            return 0
+        self._num_steps += 1
+        self._note_scheduled(plan)
+        try:
+            result = self._runner.run(plan, [self._sampler_row(s.sequence) for s in plan.samples])
+        except (RuntimeError, ValueError, MemoryError) as error:
+            log.exception("step failed", error=type(error).__name__)
+            self._fail_plan(plan, error)
+            return 0
+        self._commit(plan, result)
+        return sum(chunk.num_tokens for chunk in plan.chunks)
+
+    def _expire(self) -> None:
+        now_s = self._clock()
+        for request_id in self._scheduler.expired(now_s):
+            score_id = _parent_id(request_id)
+            if score_id in self._scores:
+                self._fail_score(score_id, "deadline", "the deadline passed", "")
+            else:
+                self.cancel(request_id, "deadline")
+
+    def _note_scheduled(self, plan: StepPlan) -> None:
+        now_s = self._clock()
+        for chunk in plan.chunks:
+            request = self._requests.get(chunk.sequence.request_id)
+            if request is None or request.first_scheduled_at_s:
+                continue
+            request.first_scheduled_at_s = now_s
+            request.cached_prompt_tokens = chunk.sequence.num_cached_prompt_tokens or 0
+            self._prompt_tokens += len(request.submit.prompt_token_ids)
+
+    def _sampler_row(self, sequence: Sequence) -> SamplerRow:
+        request = self._requests[sequence.request_id]
+        sample = request.samples[sequence.index]
+        sample.sequence = sequence
+        return SamplerRow(
+            params=request.submit.sampling,
+            sample_idx=sequence.index,
+            position=len(sample.token_ids),
+            prompt_token_ids=request.submit.prompt_token_ids,
+            completion_token_ids=sample.token_ids,
+            token_mask=None if sample.matcher is None else sample.matcher.bitmask(),
+            eos_token_ids=self._eos_token_ids,
+        )
+
+    def _commit(self, plan: StepPlan, result: StepResult) -> None:
+        sampled = result.sampled
+        tokens = [] if sampled is None else sampled.token_ids
+        if sampled is not None:
+            # Before the commit, so that keys and values with a NaN never reach the prefix cache.
+            self._fail_unsampled(plan, sampled)
+        self._scheduler.commit(
+            plan,
+            {item.sequence: token for item, token in zip(plan.samples, tokens, strict=True)},
+        )
+        for sequence, _, logprobs in result.scored:
+            self._take_scores(sequence, logprobs)
+        if sampled is None:
+            return
+        now_s = self._clock()
+        for row, item in enumerate(plan.samples):
+            self._take_token(item.sequence, sampled, row, now_s)
+
+    def _take_token(
+        self, sequence: Sequence, sampled: SampledTokens, row: int, now_s: float
+    ) -> None:
+        request = self._requests.get(sequence.request_id)
+        if request is None:
+            # It could not be sampled, or a sibling could not.
+            return
+        sample = request.samples[sequence.index]
+        token_id = sampled.token_ids[row]
+        sample.token_ids.append(token_id)
+        sample.first_token_at_s = sample.first_token_at_s or now_s
+        self._generation_tokens += 1
+        text, reason, stop = self._advance(request, sample, token_id)
+        finish = None
+        if reason is not None:
+            text += "" if stop else sample.detokenizer.finish()
+            finish = request.finish(sample, reason, stop, now_s)
+            self._scheduler.finish(sequence)
+        self._reports.append(
+            Delta(
+                request_id=sequence.request_id,
+                index=sequence.index,
+                text=text,
+                token_ids=[token_id],
+                logprobs=[sampled.logprobs[row]],
+                sampling_logprobs=[sampled.sampling_logprobs[row]],
+                kept_mass=[sampled.kept_mass[row]],
+                top=[sampled.top[row]] if request.submit.sampling.top_logprobs else [],
+                finish=finish,
+            )
+        )
+        if request.finished:
+            del self._requests[sequence.request_id]
+
+    def _advance(
+        self, request: GenerateRequest, sample: Sample, token_id: int
+    ) -> tuple[str, FinishReason | None, str]:
+        """Return the text that a token adds, why it ends the completion, and the stop string."""
+        sampling = request.submit.sampling
+        if sample.matcher is not None:
+            sample.matcher.accept(token_id)
+        if token_id in sampling.stop_token_ids:
+            return "", "stop", ""
+        if token_id in self._eos_token_ids and not sampling.ignore_eos:
+            return "", "stop", ""
+        num_tokens = len(sample.token_ids)
+        delta = sample.detokenizer.push(token_id, may_stop=num_tokens >= sampling.min_tokens)
+        if delta.stop is not None:
+            return delta.text, "stop", delta.stop
+        if sample.matcher is not None and sample.matcher.terminated:
+            return delta.text, "stop", ""
+        length = len(request.submit.prompt_token_ids) + num_tokens
+        if num_tokens >= sampling.max_tokens or length >= self._max_model_len:
+            return delta.text, "length", ""
+        return delta.text, None, ""
+
+    def _last_delta(self, request: GenerateRequest, sample: Sample, reason: FinishReason) -> Delta:
+        return Delta(
+            request_id=request.submit.request_id,
+            index=sample.index,
+            text=sample.detokenizer.finish(),
+            token_ids=[],
+            logprobs=[],
+            sampling_logprobs=[],
+            kept_mass=[],
+            finish=request.finish(sample, reason, "", self._clock()),
+        )
+
+    def _take_scores(self, sequence: Sequence, logprobs: list[float]) -> None:
+        score_id = _parent_id(sequence.request_id)
+        request = self._scores.get(score_id)
+        if request is None:
+            return
+        request.logprobs[_item_idx(sequence.request_id)] += logprobs
+        if request.finished:
+            self._finish_score(score_id, request)
+
+    def _finish_score(self, score_id: str, request: ScoreRequest) -> None:
+        self._reports.append(Scored(score_id, request.logprobs))
+        self._drop_score(score_id)
+
+    def _fail_unsampled(self, plan: StepPlan, sampled: SampledTokens) -> None:
+        for item, error in zip(plan.samples, sampled.errors, strict=True):
+            request = self._requests.get(item.sequence.request_id)
+            if error is not None and request is not None:
+                self._fail_sample(request, request.samples[item.sequence.index], error)
+
+    def _fail_sample(self, request: GenerateRequest, sample: Sample, error: str) -> None:
+        request_id, constraint = request.submit.request_id, request.submit.constraint
+        failure = None if sample.matcher is None else sample.matcher.failure
+        if constraint is None or failure is None:
+            self._fail_request(request_id, error)
+            return
+        del self._requests[request_id]
+        self._scheduler.cancel(request_id)
+        self._reports.append(
+            Failed(request_id, "invalid", failure, f"constraint.{constraint.kind}")
+        )
+
+    def _fail_request(self, request_id: str, message: str) -> None:
+        if self._requests.pop(request_id, None) is not None:
+            self._scheduler.cancel(request_id)
+            self._reports.append(Failed(request_id, "internal", message, ""))
+
+    def _fail_score(self, score_id: str, kind: FailureKind, message: str, field: str) -> None:
+        self._drop_score(score_id)
+        self._reports.append(Failed(score_id, kind, message, field))
+
+    def _drop_score(self, score_id: str) -> None:
+        request = self._scores.pop(score_id)
+        for idx in range(len(request.score.items)):
+            self._scheduler.cancel(_score_id(score_id, idx))
+
+    def _fail_plan(self, plan: StepPlan, error: Exception) -> None:
+        message = f"the step failed: {type(error).__name__}"
+        for request_id in {chunk.sequence.request_id for chunk in plan.chunks}:
+            if _parent_id(request_id) in self._scores:
+                self._fail_score(_parent_id(request_id), "internal", message, "")
+            else:
+                self._fail_request(request_id, message)
+
+
+def _salt(cache_salt: str, policy: str) -> bytes:
+    return f"{policy}\0{cache_salt}".encode()
+
+
+# Items of a score request are scheduled by themselves under ids derived from the request's.
+def _score_id(request_id: str, idx: int) -> str:
+    return f"{request_id}#{idx}"
+
+
+def _parent_id(request_id: str) -> str:
+    return request_id.rpartition("#")[0]
+
+
+def _item_idx(request_id: str) -> int:
+    return int(request_id.rpartition("#")[2])

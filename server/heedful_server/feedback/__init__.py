@@ -1,0 +1,1 @@
+"""Feedback in the server: the log of completions, judgements, comparisons, and their upkeep."""

@@ -1,0 +1,1 @@
+"""HTTP port: health, readiness and metrics. Runs in the server process on the event loop."""

@@ -1,0 +1,1 @@
+"""Model definition, weights and forward pass. Runs in the engine child."""

@@ -1,0 +1,87 @@
+"""Picks the decoder that serves a model fastest on this machine: native CPU kernels, or torch.
+
+Owns that choice and says when the fast path was not taken and why. Runs once, in the engine child's
+main thread, after the thread count is set.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+import torch
+from heedful_kernels import cpu
+
+from heedful_server.model.blocks import BlockKind
+from heedful_server.model.decoder import Decoder
+from heedful_server.model.families import read_spec
+from heedful_server.model.loader import load_decoder
+from heedful_server.model.native_decoder import NativeDecoder
+from heedful_server.model.native_loader import is_native_spec, pack_weights
+from heedful_server.model.spec import DecoderSpec
+from heedful_server.model.weights import find_gguf
+from heedful_server.protocol import EngineConfig
+
+log = structlog.get_logger(__name__)
+
+Progress = Callable[[str, float], None]
+
+_FLOAT_KINDS: dict[str, BlockKind] = {"auto": "q4_1", "int4": "q4_1", "int8": "q8_0"}
+
+
+def load_best_decoder(config: EngineConfig, progress: Progress) -> Decoder:
+    """Load the model for the configured device and form of weights.
+
+    Raises:
+        ModelUnusable: the model is unknown, damaged, or cannot be served in that form.
+    """
+    model_dir = Path(config.model_dir)
+    spec = read_spec(model_dir)
+    device = _device(config.device)
+    reason = _why_not_native(config, model_dir, spec, device)
+    if reason is None:
+        return _load_native(config, model_dir, spec, progress)
+    if device == "cpu":
+        log.info("native CPU kernels are not used", reason=reason)
+    decoder = load_decoder(model_dir, config.quantize, device, progress)
+    decoder.fallbacks[reason] = 1
+    return decoder
+
+
+def _device(wanted: str) -> str:
+    if wanted != "auto":
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _why_not_native(
+    config: EngineConfig, model_dir: Path, spec: DecoderSpec, device: str
+) -> str | None:
+    if device != "cpu":
+        return "device"
+    if not config.native_kernels:
+        return "disabled"
+    if config.quantize not in _FLOAT_KINDS:
+        return "weights"
+    if config.quantize == "auto" and find_gguf(model_dir) is None:
+        return "weights"
+    if not is_native_spec(spec):
+        return "architecture"
+    return "library" if cpu.find_library() is None else None
+
+
+def _load_native(
+    config: EngineConfig, model_dir: Path, spec: DecoderSpec, progress: Progress
+) -> NativeDecoder:
+    library = cpu.load()
+    assert library is not None, "find_library() found one"
+    float_kind = _FLOAT_KINDS[config.quantize]
+    weights = pack_weights(model_dir, spec, float_kind, progress)
+    return NativeDecoder(
+        spec,
+        weights,
+        library,
+        quantization=weights.kind,
+        num_threads=config.num_threads or len(os.sched_getaffinity(0)),
+        max_rows=config.max_batch_tokens,
+    )

@@ -1,0 +1,1 @@
+"""gRPC servicers, conversion and interceptors. Runs in the server process on the event loop."""
