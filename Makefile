@@ -10,7 +10,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PIP_INSTALL := $(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-PACKAGES := heedful_kernels heedful_store heedful_server heedful
+PACKAGES := heedful_kernels heedful_store heedful_server heedful_trainer heedful
 PROTOS := $(wildcard proto/heedful_proto/v1/*.proto)
 ARGS ?=
 
