@@ -15,6 +15,9 @@ PRIORITY_BACKGROUND = 1
 
 FinishReason = Literal["stop", "length", "deadline", "cancelled"]
 FailureKind = Literal["invalid", "resource", "internal", "not_loaded", "deadline"]
+AdapterRole = Literal["policy", "reward"]
+
+BASE_POLICY = "base"
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -58,11 +61,13 @@ class EngineConfig(msgspec.Struct, frozen=True):
     max_batch_tokens: int = 512
     prefix_cache: bool = True
     native_kernels: bool = True
+    max_adapters: int = 8
+    max_adapter_rank: int = 64
     log_level: str = "info"
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
-    """Asks for n completions of one prompt."""
+    """Asks for n completions of one prompt by a policy: "base" or the id of a loaded adapter."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -83,7 +88,10 @@ class ScoreItem(msgspec.Struct, frozen=True):
 
 
 class Score(msgspec.Struct, frozen=True, tag="score"):
-    """Asks for the log-probs of given completions."""
+    """Asks for given completions' log-probs under a policy, their reward, or both.
+
+    `reward` is the id of a loaded reward adapter, or "" for no reward.
+    """
 
     request_id: str
     items: list[ScoreItem]
@@ -91,6 +99,8 @@ class Score(msgspec.Struct, frozen=True, tag="score"):
     deadline_s: float | None = None
     policy: str = "base"
     cache_salt: str = ""
+    reward: str = ""
+    logprobs: bool = True
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -100,11 +110,29 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     reason: FinishReason = "cancelled"
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter"):
+    """Asks for an adapter directory to be made a policy or reward model; answered by request_id.
+
+    The id is the hash of the directory's contents, so loading a loaded one again changes nothing.
+    """
+
+    request_id: str
+    adapter_id: str
+    path: str
+    role: AdapterRole
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter"):
+    """Takes no more requests for an adapter, and frees its slot when the last one has ended."""
+
+    adapter_id: str
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Ends the child."""
 
 
-ToEngine = Submit | Score | Cancel | Shutdown
+ToEngine = Submit | Score | Cancel | LoadAdapter | UnloadAdapter | Shutdown
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -121,6 +149,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     block_size: int
     weight_bytes: int
     kv_cache_bytes: int
+    hidden_size: int
+    num_layers: int
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):
@@ -173,10 +203,30 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class Scored(msgspec.Struct, frozen=True, tag="scored"):
-    """Log-probs of each item's completion tokens."""
+    """Log-probs of each item's completion tokens, and what each reward head says of its last one.
+
+    Either list is empty when it was not asked for.
+    """
 
     request_id: str
     logprobs: list[list[float]]
+    rewards: list[list[float]] = []
+
+
+class AdapterLoaded(msgspec.Struct, frozen=True, tag="adapter_loaded"):
+    """The adapter serves from the next step on."""
+
+    request_id: str
+    adapter_id: str
+    num_bytes: int
+    rank: int = 0
+    num_heads: int = 0
+
+
+class AdapterUnloaded(msgspec.Struct, frozen=True, tag="adapter_unloaded"):
+    """The adapter is gone: no request has it any more, and its slot is free."""
+
+    adapter_id: str
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -197,6 +247,14 @@ class EngineStats(msgspec.Struct, frozen=True):
     step_tokens: int = 0
     step_bytes: int = 0
     kernel_fallbacks: dict[str, int] = {}
+    num_adapters: int = 0
+    """Slots that are taken, by adapters that leave too."""
+    adapter_requests: dict[str, int] = {}
+    """Unfinished requests of each adapter that has a slot, be it 0."""
+    adapter_loads: dict[str, int] = {}
+    """Ended loads by outcome: "loaded", or the kind of failure."""
+    adapter_load_s: float = 0.0
+    """Seconds that all loads together took to parse and pack."""
 
 
 class StepReport(msgspec.Struct, frozen=True, tag="step"):
@@ -206,4 +264,4 @@ class StepReport(msgspec.Struct, frozen=True, tag="step"):
     stats: EngineStats
 
 
-FromEngine = Loading | Ready | Failed | Scored | StepReport
+FromEngine = Loading | Ready | Failed | Scored | AdapterLoaded | AdapterUnloaded | StepReport

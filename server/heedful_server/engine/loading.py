@@ -81,6 +81,8 @@ def load_engine(config: EngineConfig, progress: Progress) -> LoadedEngine:
         block_size=config.block_size,
         weight_bytes=decoder.weight_bytes,
         kv_cache_bytes=num_blocks * block_bytes,
+        hidden_size=decoder.spec.hidden_size,
+        num_layers=decoder.spec.num_layers,
     )
     return LoadedEngine(engine, GrammarCompiler(tokenizer, decoder.spec.vocab_size), info)
 

@@ -1,9 +1,10 @@
 """Supervises the engine child and talks to it.
 
-Owns the child's process, the socket, the table of requests in flight and the restart policy. It
-knows nothing of gRPC, validation or tokenizers. Everything here runs on the server's event loop.
-A child that dies takes its requests with it (EngineUnavailable) and is started again after a
-growing pause; a child that reports that it cannot serve the model is not.
+Owns the child's process, the socket, the table of requests in flight and the restart policy; which
+adapters the child has is kept in adapters.py. It knows nothing of gRPC, validation or tokenizers.
+Everything here runs on the server's event loop. A child that dies takes its requests with it
+(EngineUnavailable) and is started again after a growing pause; a child that reports that it cannot
+serve the model is not.
 """
 
 import asyncio
@@ -18,10 +19,14 @@ from collections.abc import Callable
 import msgspec
 import structlog
 
+from heedful_server.engine_client.adapters import AdapterInfo, AdapterTable
 from heedful_server.engine_client.stream import EngineStream
 from heedful_server.errors import EngineRequestError, EngineUnavailable
 from heedful_server.framing import FrameError, frame, read_frame
 from heedful_server.protocol import (
+    AdapterLoaded,
+    AdapterRole,
+    AdapterUnloaded,
     Cancel,
     Delta,
     EngineConfig,
@@ -80,7 +85,8 @@ class EngineClient:
         self.failure = ""
         self.num_restarts = 0
         self._streams: dict[str, EngineStream] = {}
-        self._scores: dict[str, asyncio.Future[list[list[float]]]] = {}
+        self._scores: dict[str, asyncio.Future[Scored]] = {}
+        self._adapters = AdapterTable(self._send)
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -133,10 +139,10 @@ class EngineClient:
         self._send(submit)
         return stream
 
-    async def score(self, score: Score) -> list[list[float]]:
-        """Return the log-probs of each item's completion tokens."""
+    async def score(self, score: Score) -> Scored:
+        """Return the log-probs of each item's completion tokens and its rewards, as asked for."""
         self._require_ready()
-        future: asyncio.Future[list[list[float]]] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
         self._scores[score.request_id] = future
         self._send(score)
         try:
@@ -144,6 +150,33 @@ class EngineClient:
         finally:
             if self._scores.pop(score.request_id, None) is not None:
                 self._send(Cancel(request_id=score.request_id))
+
+    @property
+    def adapters(self) -> dict[str, AdapterInfo]:
+        """The adapters that take requests, by id; empty again when the child has died."""
+        return self._adapters.loaded
+
+    async def load_adapter(self, adapter_id: str, path: str, role: AdapterRole) -> AdapterInfo:
+        """Load an adapter directory into a slot; one that is loaded already stays as it is.
+
+        Raises:
+            EngineRequestError: its files are unusable ("invalid"), or no slot is free ("resource").
+            EngineUnavailable: the child does not serve, or died meanwhile.
+        """
+        self._require_ready()
+        return await self._adapters.load(adapter_id, path, role)
+
+    async def unload_adapter(self, adapter_id: str) -> None:
+        """Refuse new requests for an adapter now, and return when its slot is free.
+
+        An adapter that is not there is free already, and so is every adapter of a dead child.
+
+        Raises:
+            EngineRequestError: somebody loaded it again while its last requests were running.
+            EngineUnavailable: the child does not serve.
+        """
+        self._require_ready()
+        await self._adapters.unload(adapter_id)
 
     async def stop(self) -> None:
         """End the child and fail whatever is in flight."""
@@ -244,7 +277,11 @@ class EngineClient:
             case Scored():
                 future = self._scores.pop(message.request_id, None)
                 if future is not None and not future.done():
-                    future.set_result(message.logprobs)
+                    future.set_result(message)
+            case AdapterLoaded():
+                self._adapters.take_loaded(message)
+            case AdapterUnloaded():
+                self._adapters.take_unloaded(message)
             case Failed():
                 self._fail_request(message)
             case Loading():
@@ -273,6 +310,7 @@ class EngineClient:
         future = self._scores.pop(failed.request_id, None)
         if future is not None and not future.done():
             future.set_exception(error)
+        self._adapters.take_failure(failed.request_id, error)
 
     async def _kill_when_hung(self) -> None:
         while True:
@@ -300,6 +338,7 @@ class EngineClient:
                 future.set_exception(gone)
         self._streams.clear()
         self._scores.clear()
+        self._adapters.lose_all(gone)
         self.stats = EngineStats()
         self._on_stats(self.stats)
         return exit_code

@@ -158,7 +158,7 @@ class Generator:
             ]
             num_tokens = sum(len(i.prompt_token_ids) + len(i.completion_token_ids) for i in items)
             self._quota.take(caller().tenant, num_tokens)
-            logprobs = await self._engine.score(
+            scored = await self._engine.score(
                 Score(
                     request_id=uuid7(),
                     items=items,
@@ -171,7 +171,7 @@ class Generator:
             self._admission.release(num_items)
         return [
             ScoredItem(item.completion_token_ids, values)
-            for item, values in zip(items, logprobs, strict=True)
+            for item, values in zip(items, scored.logprobs, strict=True)
         ]
 
     @property

@@ -2,7 +2,8 @@
 
 The toy engine has EngineClient's shape and makes real EngineStreams. Its "model" continues a
 prompt by repeating it, so that every answer is known; it knows end tokens, stop strings,
-deadlines, cancellation and death. Nothing of ours is replaced but the child process.
+deadlines, cancellation and death. It has adapter slots too: an adapter's directory must exist, and
+its policy says what the base says. Nothing of ours is replaced but the child process.
 """
 
 import asyncio
@@ -27,10 +28,13 @@ from heedful_proto.v1 import (
     models_pb2_grpc,
 )
 from heedful_server.config import ServerConfig, load_config
+from heedful_server.engine_client.adapters import AdapterInfo
 from heedful_server.engine_client.client import EngineState
 from heedful_server.engine_client.stream import EngineStream
 from heedful_server.errors import EngineRequestError, EngineUnavailable
 from heedful_server.protocol import (
+    BASE_POLICY,
+    AdapterRole,
     Delta,
     EngineConfig,
     EngineInfo,
@@ -38,6 +42,7 @@ from heedful_server.protocol import (
     Finish,
     FinishReason,
     Score,
+    Scored,
     Submit,
 )
 from heedful_server.serving import ServedModel, Server, load_text
@@ -111,6 +116,11 @@ class ToyEngine:
         self._streams: dict[str, EngineStream] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._runs: dict[str, list[_Run]] = {}
+        self.adapters: dict[str, AdapterInfo] = {}
+        self.load_s = 0.0
+        self.loaded_ids: list[str] = []
+        self.unloaded_ids: list[str] = []
+        self.rewards: dict[str, float] = {}
 
     async def start(self) -> None:
         self.become(EngineState.LOADING)
@@ -138,6 +148,8 @@ class ToyEngine:
                 block_size=16,
                 weight_bytes=0,
                 kv_cache_bytes=0,
+                hidden_size=32,
+                num_layers=2,
             )
         self._on_state(state)
 
@@ -165,6 +177,9 @@ class ToyEngine:
 
         stream = EngineStream(request_id, submit.n, cancel, forget)
         self._streams[request_id] = stream
+        if submit.policy != BASE_POLICY and submit.policy not in self.adapters:
+            stream.fail(EngineRequestError("not_loaded", "no such adapter is loaded", "policy"))
+            return stream
         if submit.constraint is not None and submit.constraint.text == "unfollowable":
             error = EngineRequestError("invalid", "cannot be followed", "constraint.regex")
             stream.fail(error)
@@ -202,11 +217,47 @@ class ToyEngine:
         )
         self._on_stats(self._stats)
 
-    async def score(self, score: Score) -> list[list[float]]:
+    async def score(self, score: Score) -> Scored:
+        """Every token scores -0.5; three heads agree on the share of "e" unless told otherwise."""
         self.scored.append(score)
+        for adapter_id in (score.policy, score.reward):
+            if adapter_id not in ("", BASE_POLICY) and adapter_id not in self.adapters:
+                raise EngineRequestError("not_loaded", "no such adapter is loaded", "policy")
+        if score.reward and self.adapters[score.reward].role != "reward":
+            raise EngineRequestError("invalid", "the adapter is no reward model", "reward")
         while self.frozen:
             await asyncio.sleep(0.005)
-        return [[-0.5] * len(item.completion_token_ids) for item in score.items]
+        logprobs = [[-0.5] * len(item.completion_token_ids) for item in score.items]
+        rewards = [[self._reward(item.completion_token_ids)] * 3 for item in score.items]
+        return Scored(
+            score.request_id, logprobs if score.logprobs else [], rewards if score.reward else []
+        )
+
+    def _reward(self, completion_token_ids: list[int]) -> float:
+        text = self._tokenizer.decode(completion_token_ids, skip_special_tokens=True)
+        share = completion_token_ids.count(ord("e")) / max(1, len(completion_token_ids))
+        return self.rewards.get(text, share)
+
+    async def load_adapter(self, adapter_id: str, path: str, role: AdapterRole) -> AdapterInfo:
+        if self.state is not EngineState.READY:
+            raise EngineUnavailable("the toy does not serve")
+        await asyncio.sleep(self.load_s)
+        if adapter_id not in self.adapters:
+            if not Path(path).is_dir():
+                raise EngineRequestError("invalid", f"{path}: no such directory", "adapter")
+            if len(self.adapters) >= self.config.max_adapters:
+                message = f"all {self.config.max_adapters} adapter slots are taken"
+                raise EngineRequestError("resource", message, "adapter")
+            heads = 3 if role == "reward" else 0
+            self.adapters[adapter_id] = AdapterInfo(adapter_id, path, role, 1000, 8, heads)
+            self.loaded_ids.append(adapter_id)
+        return self.adapters[adapter_id]
+
+    async def unload_adapter(self, adapter_id: str) -> None:
+        if self.adapters.pop(adapter_id, None) is not None:
+            self.unloaded_ids.append(adapter_id)
+        while any(run[0].policy == adapter_id for run in self._runs.values()):
+            await asyncio.sleep(0.001)
 
     def die(self) -> None:
         """Lose every request, as a killed child does, and come back."""
@@ -218,6 +269,7 @@ class ToyEngine:
         self._tasks.clear()
         self._streams.clear()
         self._runs.clear()
+        self.adapters.clear()
 
     async def stop(self) -> None:
         for task in self._tasks.values():
@@ -232,6 +284,7 @@ class _Run:
         self._submit = submit
         self._index = index
         self._tokens = 0
+        self.policy = submit.policy
         self._detokenizer = StreamDetokenizer(tokenizer, submit.sampling.stop)
         self.finished = False
 
