@@ -304,7 +304,7 @@ class Servicer(inference_pb2_grpc.InferenceServiceServicer):
 
 
 class ModelServicer(models_pb2_grpc.ModelServiceServicer):
-    """One base model; everything else is unimplemented."""
+    """One base model; everything else is unimplemented, as the base class says it."""
 
     async def ListModels(self, request, context):  # noqa: N802
         response = models_pb2.ListModelsResponse()
@@ -320,18 +320,13 @@ class ModelServicer(models_pb2_grpc.ModelServiceServicer):
         response.aliases.add(name="champion", version="base")
         return response
 
-    async def _unimplemented(self, request, context):
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not here")
-
-    GetModel = Promote = RollBack = StartRefresh = GetRefresh = _unimplemented
-    WatchRefresh = WatchDeployments = LoadAdapter = UnloadAdapter = _unimplemented
-
 
 class EchoServer:
     """The server, its thread, and its script; it can be stopped and started on the same port."""
 
     def __init__(self) -> None:
         self.script = Script()
+        self.model_service: models_pb2_grpc.ModelServiceServicer = ModelServicer()
         self.health = health.aio.HealthServicer()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -354,7 +349,7 @@ class EchoServer:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             Servicer(self.script), self._server
         )
-        models_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(), self._server)
+        models_pb2_grpc.add_ModelServiceServicer_to_server(self.model_service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         for add_service in self.more_services:
             add_service(self._server)

@@ -254,7 +254,7 @@ async def test_detokenize(client):
 
 
 async def test_models(client):
-    models = await client.models()
+    models = await client.list_models()
     assert models.aliases == {"champion": "base"}
     version = models.versions[0]
     assert (version.version, version.state, version.loaded) == ("base", "champion", True)

@@ -49,7 +49,7 @@ async def test_answers_equal_those_of_the_asynchronous_client(server):
             assert client.score([("p", "c")]) == await core.score([("p", "c")])
             assert client.tokenize("ab") == await core.tokenize("ab")
             assert client.detokenize([97]) == await core.detokenize([97])
-            assert client.models() == await core.models()
+            assert client.list_models() == await core.list_models()
             assert client.health() == await core.health()
 
 

@@ -1,9 +1,9 @@
 """The asynchronous client: the one core that everything else runs on.
 
-Owns the methods and their defaults, those about feedback in `feedback_calls.py`; `transport.py`
-owns connection, deadlines and retries, `requests.py` and `replies.py` own conversion. Lives on the
-event loop that first uses it; safe for any number of concurrent tasks there. Imports
-neither server nor torch.
+Owns the methods and their defaults, those about feedback in `feedback_calls.py` and those about
+versions and runs in `model_calls.py`; `transport.py` owns connection, deadlines and retries,
+`requests.py` and `replies.py` own conversion. Lives on the event loop that first uses it; safe for
+any number of concurrent tasks there. Imports neither server nor torch.
 """
 
 import asyncio
@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Literal, Self, Unpack
 
 from grpc_health.v1 import health_pb2
-from heedful_proto.v1 import models_pb2
 
 from heedful import replies, requests
 from heedful.errors import (
@@ -21,7 +20,7 @@ from heedful.errors import (
     NotFound,
     Unavailable,
 )
-from heedful.feedback_calls import FeedbackCalls
+from heedful.model_calls import ModelCalls
 from heedful.stream import AsyncGenerationStream
 from heedful.transport import TLS, Deadline, Transport
 from heedful.types import (
@@ -29,7 +28,6 @@ from heedful.types import (
     Generation,
     Health,
     Message,
-    Models,
     Prompt,
     Score,
     ServingStatus,
@@ -50,7 +48,7 @@ _SERVING = {
 }
 
 
-class AsyncClient(FeedbackCalls):
+class AsyncClient(ModelCalls):
     """A connection to one heedful server.
 
     Args:
@@ -88,7 +86,10 @@ class AsyncClient(FeedbackCalls):
         request = requests.generate_request(prompt, options, self.project)
         deadline = self._transport.deadline(options.get("timeout_s"))
         response = await self._transport.unary(
-            self._transport.stubs.inference.Generate, request, deadline=deadline, repeatable=False
+            self._transport.stubs.inference.Generate,
+            request,
+            deadline=deadline,
+            repeatable=options.get("purpose") == "rollout",
         )
         return replies.generation_from_wire(response)
 
@@ -164,19 +165,6 @@ class AsyncClient(FeedbackCalls):
             self._transport.stubs.inference.Detokenize, request, deadline=deadline, repeatable=True
         )
         return response.text
-
-    async def models(self, *, timeout_s: float | None = None) -> Models:
-        """Returns the project's policy versions and aliases.
-
-        Raises:
-            HeedfulError: see `heedful.errors`.
-        """
-        request = models_pb2.ListModelsRequest(project=self.project)
-        deadline = self._transport.deadline(timeout_s)
-        response = await self._transport.unary(
-            self._transport.stubs.models.ListModels, request, deadline=deadline, repeatable=True
-        )
-        return replies.models_from_wire(response)
 
     async def health(self, *, timeout_s: float | None = 5.0) -> Health:
         """Returns the status of every service, without waiting for any to change.

@@ -9,14 +9,11 @@ from datetime import UTC, datetime
 from google.protobuf.message import Message as WireMessage
 from google.protobuf.timestamp_pb2 import Timestamp
 from heedful_proto.v1 import inference_pb2 as pb
-from heedful_proto.v1 import models_pb2
 
 from heedful.types import (
     Completion,
     FinishReason,
     Generation,
-    Models,
-    ModelVersion,
     Score,
     ServedBy,
     Tokenization,
@@ -125,28 +122,4 @@ def tokenization_from_wire(response: pb.TokenizeResponse) -> Tokenization:
         tokens=tuple(response.tokens),
         rendered=response.rendered,
         context_tokens=response.context_tokens,
-    )
-
-
-def models_from_wire(response: models_pb2.ListModelsResponse) -> Models:
-    """Returns policy versions and aliases."""
-    return Models(
-        versions=tuple(_model_from_wire(model) for model in response.models),
-        aliases={alias.name: alias.version for alias in response.aliases},
-    )
-
-
-def _model_from_wire(wire: models_pb2.Model) -> ModelVersion:
-    state = models_pb2.PolicyState.Name(wire.state).removeprefix("POLICY_STATE_").lower()
-    return ModelVersion(
-        version=wire.version,
-        base_model=wire.base_model,
-        state=state,
-        loaded=wire.loaded,
-        quantization=wire.quantization,
-        context_tokens=wire.context_tokens,
-        content_hash=wire.content_hash,
-        parent_version=wire.parent_version,
-        run_id=wire.run_id,
-        created=time_from_wire(wire, "create_time"),
     )

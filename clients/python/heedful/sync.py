@@ -131,7 +131,6 @@ class Client:
     score = _waiting(AsyncClient.score)
     tokenize = _waiting(AsyncClient.tokenize)
     detokenize = _waiting(AsyncClient.detokenize)
-    models = _waiting(AsyncClient.models)
     health = _waiting(AsyncClient.health)
     wait_ready = _waiting(AsyncClient.wait_ready)
     rate = _waiting(AsyncClient.rate)
@@ -151,6 +150,19 @@ class Client:
     erase_user = _waiting(AsyncClient.erase_user)
     summarize_feedback = _waiting(AsyncClient.summarize_feedback)
     completion = _waiting(AsyncClient.completion)
+    list_models = _waiting(AsyncClient.list_models)
+    get_model = _waiting(AsyncClient.get_model)
+    promote = _waiting(AsyncClient.promote)
+    roll_back = _waiting(AsyncClient.roll_back)
+    deployments = _iterating(AsyncClient.deployments)
+    start_refresh = _waiting(AsyncClient.start_refresh)
+    get_refresh = _waiting(AsyncClient.get_refresh)
+    list_refreshes = _waiting(AsyncClient.list_refreshes)
+    control_refresh = _waiting(AsyncClient.control_refresh)
+    watch_refresh = _iterating(AsyncClient.watch_refresh)
+    load_adapter = _waiting(AsyncClient.load_adapter)
+    unload_adapter = _waiting(AsyncClient.unload_adapter)
+    get_load = _waiting(AsyncClient.get_load)
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> "GenerationStream":
         """Returns completions of `prompt` as they are sampled; see `AsyncClient.stream`."""

@@ -16,7 +16,8 @@ deadline, with jitter:
     DEADLINE_EXCEEDED of one attempt     raised      raised             retried
     any other status                     raised      raised             raised
 
-Feedback limits each attempt besides the whole call, so that a lost answer leaves time for another.
+A rollout leaves no trace on the server, so it counts as a pure call. Feedback limits each attempt
+besides the whole call, so that a lost answer leaves time for another.
 """
 
 import asyncio
@@ -50,6 +51,8 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 DRAINING_REASON = "DRAINING"
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 5.0
+# A quarter to half a second: streams are opened again for as long as their reader is patient.
+_REOPEN_BACKOFF = 2
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -260,6 +263,17 @@ class Transport:
             if delay_s is None or attempt_idx >= self._max_attempts or not deadline.allows(delay_s):
                 raise error from None
             await asyncio.sleep(delay_s)
+
+    async def pause(self, deadline: Deadline) -> None:
+        """Waits a little before a stream that ended is opened again.
+
+        Raises:
+            DeadlineExceeded: nothing is left after that.
+        """
+        delay_s = _backoff_s(_REOPEN_BACKOFF)
+        if not deadline.allows(delay_s):
+            raise DeadlineExceeded("the timeout of the call passed")
+        await asyncio.sleep(delay_s)
 
     async def close(self) -> None:
         """Closes the channel; calls in flight end as cancelled."""

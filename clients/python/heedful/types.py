@@ -6,7 +6,6 @@ Log-probs are natural logarithms; ids of tokens are those of the served model's 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from enum import StrEnum
 from typing import Any, Literal, TypeAlias, TypedDict
 
@@ -242,27 +241,3 @@ class Health:
     def ready(self) -> bool:
         """True where the inference service takes calls."""
         return self.inference is ServingStatus.SERVING
-
-
-@dataclass(frozen=True, slots=True)
-class ModelVersion:
-    """One policy version; `state` is "candidate", "champion" and so on."""
-
-    version: str
-    base_model: str
-    state: str
-    loaded: bool
-    quantization: str
-    context_tokens: int
-    content_hash: str = ""
-    parent_version: str = ""
-    run_id: str = ""
-    created: datetime | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Models:
-    """Policy versions, newest first, and the aliases that point at them."""
-
-    versions: tuple[ModelVersion, ...]
-    aliases: Mapping[str, str]

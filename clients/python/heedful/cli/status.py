@@ -15,8 +15,9 @@ from rich.table import Table
 from heedful.cli.connection import TARGET, TargetOption, WaitOption, open_client, wait_ready
 from heedful.cli.output import ExitCode, describe, write_json
 from heedful.errors import HeedfulError, Unavailable
+from heedful.model_types import Models
 from heedful.sync import Client
-from heedful.types import Health, Models
+from heedful.types import Health
 
 CALL_TIMEOUT_S = 5.0
 METRICS_TIMEOUT_S = 2.0
@@ -90,7 +91,7 @@ def _look(client: Client, wait_s: float, url: str) -> Status:
         problem = ""
     try:
         health = client.health()
-        models = client.models() if health.ready else None
+        models = client.list_models() if health.ready else None
     except HeedfulError as error:
         return Status(client.target, ready=False, problem=problem or describe(error))
     return Status(client.target, health.ready, health, models, _fetch_figures(url), problem)
