@@ -5,13 +5,19 @@ else of ours, no torch and no gRPC. See ``Store`` for threads.
 """
 
 from heedful_store.ack import Ack
+from heedful_store.adapter_files import AdapterInfo, AdapterManifest
 from heedful_store.completions import PruneReport, prompt_hash
 from heedful_store.database import DatabaseOptions, downgrade, migrate, sqlite_warning
+from heedful_store.deployments import Action, Alias, Deployment
 from heedful_store.eligibility import Counts, Fate, Profile, Reason, RunUse, Tier, fate_of
 from heedful_store.erasure import ErasureReport
 from heedful_store.errors import (
+    AdapterDamaged,
+    AliasMoved,
     AlreadyExists,
+    ForeignAdapter,
     Invalid,
+    LeaseLost,
     NotFound,
     Rejected,
     SchemaMismatch,
@@ -40,6 +46,7 @@ from heedful_store.judgements import (
     Thumb,
 )
 from heedful_store.keys import KEY_SCOPES, ApiKey, NewKey
+from heedful_store.policies import BASE_VERSION, PolicyState, PolicyVersion, Role
 from heedful_store.projects import Project
 from heedful_store.records import (
     DEFAULT_PROJECT,
@@ -55,18 +62,26 @@ from heedful_store.records import (
     Scope,
     StoredFeedback,
 )
+from heedful_store.runs import Control, Run, RunChanges, RunInput, RunKind, RunStatus, Split
 from heedful_store.store import Store, open_store
 from heedful_store.summary import Agreement, Approval, PromptScore, Summary
 from heedful_store.waiting import SweepReport
 from heedful_store.writer import GroupReport, WriterOptions, WriterStats
 
 __all__ = [
+    "BASE_VERSION",
     "DEFAULT_PROJECT",
     "DEFAULT_TENANT",
     "KEY_SCOPES",
     "LABEL_FLAGS",
     "Ack",
+    "Action",
+    "AdapterDamaged",
+    "AdapterInfo",
+    "AdapterManifest",
     "Agreement",
+    "Alias",
+    "AliasMoved",
     "AlreadyExists",
     "ApiKey",
     "Approval",
@@ -75,23 +90,29 @@ __all__ = [
     "Completion",
     "CompletionPayload",
     "Consent",
+    "Control",
     "Correction",
     "Counts",
     "Critique",
     "DatabaseOptions",
+    "Deployment",
     "ErasureReport",
     "FailpointError",
     "Failpoints",
     "Fate",
     "FeedbackEvent",
     "FeedbackFilter",
+    "ForeignAdapter",
     "GroupReport",
     "Invalid",
     "Judged",
     "Judgement",
     "Label",
+    "LeaseLost",
     "NewKey",
     "NotFound",
+    "PolicyState",
+    "PolicyVersion",
     "Profile",
     "Project",
     "PromptScore",
@@ -102,9 +123,16 @@ __all__ = [
     "Receipt",
     "Rejected",
     "Retraction",
+    "Role",
+    "Run",
+    "RunChanges",
+    "RunInput",
+    "RunKind",
+    "RunStatus",
     "RunUse",
     "SchemaMismatch",
     "Scope",
+    "Split",
     "Store",
     "StoreBusy",
     "StoreClosed",

@@ -7,7 +7,11 @@ StoreError
 ├── Rejected              this item only; the same request will be refused again
 │   ├── NotFound          unknown here, or somebody else's: the two look alike
 │   ├── AlreadyExists     the id was used before with another payload
-│   └── Invalid           a field breaks a rule (has .field and .reason)
+│   ├── Invalid           a field breaks a rule (has .field and .reason)
+│   ├── AliasMoved        an alias does not point where the caller thought
+│   ├── LeaseLost         another worker has the run
+│   ├── AdapterDamaged    a file of an adapter is missing, altered or too much (.path .file .reason)
+│   └── ForeignAdapter    an adapter belongs to another base model or template
 ├── Unready               nothing was acknowledged; the same request may be retried with its id
 │   ├── StoreBusy         queue full
 │   ├── StoreLocked       another process holds the database
@@ -21,6 +25,8 @@ StoreError
 # ruff: noqa: N818 - the names say the condition, as the design and the status mapping do
 
 from __future__ import annotations
+
+from pathlib import Path
 
 
 class StoreError(Exception):
@@ -51,6 +57,28 @@ class Invalid(Rejected):
         self.field = field
         self.reason = reason
         super().__init__(f"{field}: {reason}")
+
+
+class AliasMoved(Rejected):
+    """The alias was moved meanwhile."""
+
+
+class LeaseLost(Rejected):
+    """The run is not leased to this worker."""
+
+
+class AdapterDamaged(Rejected):
+    """The adapter's files are not what was published."""
+
+    def __init__(self, path: Path, file: str, reason: str) -> None:
+        self.path = path
+        self.file = file
+        self.reason = reason
+        super().__init__(f"{path}: {file}: {reason}")
+
+
+class ForeignAdapter(Rejected):
+    """The adapter belongs to another base model."""
 
 
 class Unready(StoreError):

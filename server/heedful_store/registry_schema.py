@@ -1,7 +1,7 @@
 """Tables of training and deployment: policies, aliases, deployments, runs, run inputs, jobs.
 
-Owns columns and their meaning; this package writes only the ``tainted_at_ms`` marks of an
-erasure here, trainer and server write the rest. Same conventions as ``schema``.
+Owns columns and their meaning; ``policies``, ``deployments`` and ``runs`` own their rows, an
+erasure marks what it taints. Same conventions as ``schema``.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ policies = Table(
     Column("parent_version", Text),  # what it started from; NULL: the base
     Column("inherits_lineage", Boolean, nullable=False),  # parent's data is in these weights
     Column("run_id", Text),  # the run that made it
-    Column("state", Text, nullable=False),  # candidate, serving, retired, rejected, failed
+    Column("state", Text, nullable=False),  # policies.PolicyState
     Column("card", Text, nullable=False),  # JSON: data counts and gate evidence
     Column("created_at_ms", BigInteger, nullable=False),
     Column("tainted_at_ms", BigInteger),  # holds an erased user's words
+    Column("method", Text, nullable=False, server_default=""),  # sft, dpo, kto, ppo_ptx
+    Column("verdict", Text, nullable=False, server_default=""),  # the gate's
     PrimaryKeyConstraint("tenant", "project", "version"),
     Index(None, "run_id"),
     Index(None, "content_hash"),
@@ -55,20 +57,25 @@ aliases = Table(
     PrimaryKeyConstraint("tenant", "project", "base_id", "alias"),
 )
 
-# Append-only record of every move of an alias and every verdict.
+# Append-only record of every move of an alias and every verdict. Ids are given under the counter's
+# lock, so that one becomes visible only after every smaller one.
 deployments = Table(
     "deployments",
     metadata,
-    Column("deployment_id", RowId, primary_key=True, autoincrement=True),
+    Column("deployment_id", RowId, primary_key=True, autoincrement=True),  # see deployments.py
     Column("tenant", Text, nullable=False),
     Column("project", Text, nullable=False),
     Column("action", Text, nullable=False),  # publish, canary, promote, reject, roll_back
-    Column("version", Text, nullable=False),
-    Column("previous_version", Text),
+    Column("version", Text, nullable=False),  # to this one; empty: the alias went away
+    Column("previous_version", Text),  # from this one
     Column("actor", Text, nullable=False),  # key, user or "gate"
     Column("approved", Boolean, nullable=False),  # by a person, without proof
     Column("evidence", Text, nullable=False),  # JSON
     Column("at_ms", BigInteger, nullable=False),
+    Column("base_id", Text, nullable=False, server_default=""),
+    Column("alias", Text, nullable=False, server_default=""),  # empty: no alias moved
+    Column("verdict", Text, nullable=False, server_default=""),  # proven, approved, rolled back
+    Column("reason", Text, nullable=False, server_default=""),  # for people
     Index(None, "tenant", "project", "at_ms"),
     Index(None, "tenant", "project", "version"),
 )
@@ -81,7 +88,7 @@ runs = Table(
     Column("project", Text, nullable=False),
     Column("method", Text, nullable=False),  # sft, dpo, kto, ppo_ptx
     Column("stage", Text, nullable=False),  # snapshot, reward, policy, gate, publish, done
-    Column("status", Text, nullable=False),  # queued, running, paused, failed, finished
+    Column("status", Text, nullable=False),  # runs.RunStatus
     Column("dataset_id", Text),  # content hash of the snapshot
     Column("from_log_seq", BigInteger),  # cursor before the first event read
     Column("to_log_seq", BigInteger),  # cursor of the last event read
@@ -97,6 +104,10 @@ runs = Table(
     Column("finished_at_ms", BigInteger),
     Column("failure", Text),
     Column("tainted_at_ms", BigInteger),  # an input was erased
+    Column("kind", Text, nullable=False, server_default="refresh"),  # refresh, rebuild
+    Column("progress", Text, nullable=False, server_default="{}"),  # JSON: fraction, figures
+    Column("control", Text, nullable=False, server_default=""),  # pause, stop: asked for, not done
+    Column("verdict", Text, nullable=False, server_default=""),  # the gate's
     Index(None, "tenant", "project", "created_at_ms"),
 )
 

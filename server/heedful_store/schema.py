@@ -23,7 +23,7 @@ from sqlalchemy import (
     text,
 )
 
-SCHEMA_REVISION = "0002"  # newest migration; a test holds it equal to Alembic's head
+SCHEMA_REVISION = "0003"  # newest migration; a test holds it equal to Alembic's head
 
 metadata = MetaData(
     naming_convention={
@@ -52,7 +52,7 @@ projects = Table(
 counters = Table(
     "counters",
     metadata,
-    Column("name", Text, primary_key=True),  # "feedback"
+    Column("name", Text, primary_key=True),  # "feedback", "deployments"
     Column("value", BigInteger, nullable=False),  # last number given
 )
 

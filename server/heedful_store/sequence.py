@@ -1,8 +1,8 @@
-"""The numbers that order the log.
+"""The numbers that order the log and the deployments.
 
-Owns the counter row. Its lock is taken before anything is looked up and held until the commit, so
-that a number is visible only after every smaller one: a reader's cursor never passes an event.
-On SQLite the write lock does that, on PostgreSQL the row lock. Writer's thread only.
+Owns the counter rows. A row's lock is taken before anything is looked up and held until the
+commit, so that a number is visible only after every smaller one: a reader's cursor never passes an
+event. On SQLite the write lock does that, on PostgreSQL the row lock. Writer's thread only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,13 @@ _MINE = counters.c.name == "feedback"
 _LOCK = select(counters.c.value).where(_MINE).with_for_update()
 _ADVANCE = update(counters).where(_MINE).values(value=bindparam("last"))
 
+_LOCK_DEPLOYMENTS = (
+    select(counters.c.value).where(counters.c.name == "deployments").with_for_update()
+)
+_ADVANCE_DEPLOYMENTS = (
+    update(counters).where(counters.c.name == "deployments").values(value=bindparam("last"))
+)
+
 
 def lock(connection: Connection) -> int:
     """Keep every other writer from numbering until the commit; return the last number given."""
@@ -26,3 +33,14 @@ def lock(connection: Connection) -> int:
 def advance(connection: Connection, last: int) -> None:
     """Record the last number given, under the lock."""
     connection.execute(_ADVANCE, {"last": last})
+
+
+def lock_registry(connection: Connection) -> int:
+    """Keep every other writer from the registry until the commit; return the last deployment."""
+    last: int = connection.execute(_LOCK_DEPLOYMENTS).scalar_one()
+    return last
+
+
+def advance_deployments(connection: Connection, last: int) -> None:
+    """Record the id of the last deployment, under the lock."""
+    connection.execute(_ADVANCE_DEPLOYMENTS, {"last": last})

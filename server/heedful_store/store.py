@@ -1,21 +1,14 @@
 """The store as server, trainer and command line hold it: one object, one writer, many readers.
 
-Owns the lifetime of the writer and of the reading connections, and the list of what can be asked.
-Rules and SQL are in the modules that it calls. Every write returns an ``Ack``: await it in a
-coroutine, call ``result()`` in a thread. Every read blocks: in a coroutine use
-``asyncio.to_thread``. Reads may come from any thread; opening and closing from one.
+Owns the list of what can be asked of the log; ``registry`` adds training and deployment, ``opened``
+the lifetime of writer and readers. Rules and SQL are in the modules that it calls. Every write
+returns an ``Ack``: await it in a coroutine, call ``result()`` in a thread. Every read blocks: in a
+coroutine use ``asyncio.to_thread``. Reads may come from any thread; opening and closing from one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from types import TracebackType
-from typing import TypeVar
-
-from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from collections.abc import Iterable, Iterator
 
 from heedful_store import (
     comparisons,
@@ -31,13 +24,9 @@ from heedful_store import (
 )
 from heedful_store.ack import Ack
 from heedful_store.completions import PruneReport
-from heedful_store.database import DatabaseOptions, open_database
 from heedful_store.eligibility import Fate, Profile
 from heedful_store.erasure import ErasureReport
-from heedful_store.errors import StoreBusy, StoreFault
-from heedful_store.failpoints import Failpoints
 from heedful_store.fates import Judged
-from heedful_store.faults import fault_of
 from heedful_store.ids import now_ms, uuid7
 from heedful_store.judgements import Retraction
 from heedful_store.keys import ApiKey, NewKey
@@ -52,93 +41,15 @@ from heedful_store.records import (
     Scope,
     StoredFeedback,
 )
+from heedful_store.registry import RegistryStore
 from heedful_store.summary import Summary
 from heedful_store.waiting import SweepReport
-from heedful_store.writer import GroupReport, Writer, WriterOptions, WriterStats
-
-R = TypeVar("R")
 
 PENDING_LIFETIME_MS = 10 * 60 * 1000
 
 
-class Store:
+class Store(RegistryStore):
     """An open store. Close it, or use it as a context manager."""
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        database: DatabaseOptions | None = None,
-        writer: WriterOptions | None = None,
-        observer: Callable[[GroupReport], None] | None = None,
-        failpoints: Failpoints | None = None,
-    ) -> None:
-        traps = failpoints or Failpoints.from_environment()
-        opened = open_database(url, database or DatabaseOptions(), traps)
-        self._readers = opened.readers
-        self._writer = Writer(opened.session, writer or WriterOptions(), traps, observer)
-        self._finish_erasures()
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Write what waits, acknowledge it, and close; later writes raise StoreClosed."""
-        # Readers first: the last connection to close empties the WAL, and only the writer may.
-        self._readers.dispose()
-        self._writer.close()
-
-    def _finish_erasures(self) -> None:
-        """Scrub the files for an erasure that a crash cut off between its commit and its scrub."""
-        with self.read() as connection:
-            waiting = erasure.unscrubbed(connection)
-        if waiting:
-            self._writer.submit_alone(lambda: erasure.scrub_leftovers(self._writer))
-
-    @property
-    def death(self) -> str | None:
-        """Return why the store refuses all writes until it is reopened, or None."""
-        return self._writer.death
-
-    @property
-    def stats(self) -> WriterStats:
-        """Return the writer's totals, live."""
-        return self._writer.stats
-
-    @property
-    def queued_items(self) -> int:
-        """Return how many writes wait."""
-        return self._writer.queued_items
-
-    @contextmanager
-    def read(self) -> Iterator[Connection]:
-        """Open a reading transaction: all that it reads is the state of one instant.
-
-        Raises StoreBusy when every reading connection is taken, and the store's other errors
-        where the database fails.
-        """
-        try:
-            with self._readers.connect() as connection:
-                yield connection
-        except PoolTimeout as error:
-            raise StoreBusy("all reading connections are in use") from error
-        except DBAPIError as error:
-            raise (fault_of(error) or StoreFault)(str(error.orig)) from error
-
-    def write(self, body: Callable[[Connection], R]) -> Ack[R]:
-        """Run ``body`` in a transaction of its own in the writer's thread.
-
-        A StoreError that it raises comes out of the Ack; any exception rolls back.
-        """
-        return self._writer.submit_alone(lambda: self._writer.transact(body))
 
     # Completions and comparisons
 

@@ -1,5 +1,6 @@
 import logging
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,11 +49,33 @@ def test_rows_survive_an_upgrade_from_the_first_revision(empty_url: str) -> None
     downgrade(empty_url, "0001")
     engine = create_engine(normalise_url(empty_url))
     with engine.begin() as connection:
-        connection.execute(text("UPDATE counters SET value = 41"))
+        connection.execute(text("UPDATE counters SET value = 41 WHERE name = 'feedback'"))
     engine.dispose()
     migrate(empty_url)
     with Store(empty_url) as store, store.read() as connection:
-        assert connection.execute(text("SELECT value FROM counters")).scalar_one() == 41
+        query = text("SELECT value FROM counters WHERE name = 'feedback'")
+        assert connection.execute(query).scalar_one() == 41
+
+
+def test_a_registry_of_the_second_revision_keeps_its_rows_and_counts_on(empty_url: str) -> None:
+    migrate(empty_url)
+    downgrade(empty_url, "0002")
+    engine = create_engine(normalise_url(empty_url))
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO deployments (deployment_id, tenant, project, action, version, actor, "
+                "approved, evidence, at_ms) "
+                "VALUES (7, 'default', 'default', 'promote', 'v1', 'ann', true, '{}', 5)"
+            )
+        )
+    engine.dispose()
+    migrate(empty_url)
+    with Store(empty_url) as store:
+        (old,) = store.deployments(Scope())
+        assert (old.deployment_id, old.to_version, old.alias, old.reason) == (7, "v1", "", "")
+        entry = replace(old, base_id="b", action="reject")
+        assert store.record_deployment(entry).result().deployment_id == 8
 
 
 def test_head_is_the_revision_that_the_code_expects() -> None:
