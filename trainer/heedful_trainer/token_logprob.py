@@ -1,0 +1,102 @@
+"""Log-probs of given tokens straight from hidden states, in chunks: no [N, V] tensor is kept.
+
+Owns the fused linear → log-softmax → gather and its gradient to the hidden states (the head is
+frozen). It knows nothing of models or losses. The formula is the reference for every other form of
+it. Any thread.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# 128 rows of a 49k vocabulary are 25 MB of fp32 logits: near the size of a last-level cache.
+CHUNK_ROWS = 128
+
+
+class _TokenLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, tokens_N: Tensor) -> Tensor:
+        logprobs_N, lse_N = _logprobs_and_lse(hidden_NH, weight_VH, tokens_N)
+        ctx.save_for_backward(hidden_NH, weight_VH, tokens_N, lse_N)
+        return logprobs_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        hidden_NH, weight_VH, tokens_N, lse_N = ctx.saved_tensors
+        grad_NH = torch.empty_like(hidden_NH)
+        for rows in _chunks(hidden_NH.shape[0]):
+            logits_RV = _logits(hidden_NH[rows], weight_VH)
+            # d log p_t / d logits = onehot(t) − softmax; in place, since this is the large one.
+            grad_RV = logits_RV.sub_(lse_N[rows, None]).exp_().neg_()
+            positions_R = torch.arange(grad_RV.shape[0])
+            grad_RV[positions_R, tokens_N[rows]] += 1
+            grad_RV.mul_(grads[0][rows, None])
+            grad_NH[rows] = grad_RV.to(weight_VH.dtype) @ weight_VH
+        return grad_NH, None, None
+
+
+def token_logprobs(hidden_NH: Tensor, weight_VH: Tensor, tokens_N: Tensor) -> Tensor:
+    """Return log softmax(h Wᵀ)[token] for each row, differentiable in ``hidden_NH`` only.
+
+    Args:
+        hidden_NH: final hidden states at the positions before the tokens.
+        weight_VH: the language-model head, frozen, of the same type.
+        tokens_N: token ids, int64.
+
+    Returns:
+        Log-probs, shape [N], fp32 (fp64 for fp64 inputs).
+    """
+    assert hidden_NH.ndim == weight_VH.ndim == 2
+    assert tokens_N.shape == hidden_NH.shape[:1]
+    assert hidden_NH.dtype == weight_VH.dtype
+    assert not weight_VH.requires_grad, "the head is frozen"
+    result: Tensor = _TokenLogprob.apply(hidden_NH, weight_VH, tokens_N)  # type: ignore[no-untyped-call]
+    return result
+
+
+def token_kl(hidden_NH: Tensor, other_NH: Tensor, weight_VH: Tensor) -> Tensor:
+    """Return KL(p ‖ q) in nats at each position, over the whole vocabulary, without gradient.
+
+    Args:
+        hidden_NH: hidden states that give p.
+        other_NH: hidden states that give q.
+        weight_VH: the language-model head of both.
+    """
+    assert hidden_NH.shape == other_NH.shape
+    parts = []
+    with torch.no_grad():
+        for rows in _chunks(hidden_NH.shape[0]):
+            p_RV = _logits(hidden_NH[rows], weight_VH).log_softmax(-1)
+            q_RV = _logits(other_NH[rows], weight_VH).log_softmax(-1)
+            parts.append((p_RV.exp() * (p_RV - q_RV)).sum(-1))
+    return torch.cat(parts) if parts else hidden_NH.new_zeros(0)
+
+
+def _logprobs_and_lse(
+    hidden_NH: Tensor, weight_VH: Tensor, tokens_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    logprobs, lses = [], []
+    for rows in _chunks(hidden_NH.shape[0]):
+        logits_RV = _logits(hidden_NH[rows], weight_VH)
+        lse_R = logits_RV.logsumexp(-1)
+        logprobs.append(logits_RV.gather(1, tokens_N[rows, None])[:, 0] - lse_R)
+        lses.append(lse_R)
+    if not lses:
+        empty = _wide(hidden_NH.new_zeros(0))
+        return empty, empty
+    return torch.cat(logprobs), torch.cat(lses)
+
+
+def _logits(hidden_RH: Tensor, weight_VH: Tensor) -> Tensor:
+    return _wide(hidden_RH @ weight_VH.T)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _chunks(num_rows: int) -> list[slice]:
+    return [slice(i, min(i + CHUNK_ROWS, num_rows)) for i in range(0, num_rows, CHUNK_ROWS)]
