@@ -42,7 +42,7 @@ def test_the_list_of_commands():
     registered = build_feedback().registered_commands
     assert {item.name or item.callback.__name__ for item in registered} == set(COMMANDS)
     groups = {group.name for group in build_app().registered_groups}
-    assert groups == {"feedback"}
+    assert "feedback" in groups
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -6,17 +6,20 @@ stand-in for any part of the client.
 """
 
 import asyncio
+import importlib.util
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 import heedful
 import pytest
 from google.protobuf.struct_pb2 import Struct
 from heedful.cli.app import build_app
+from heedful_proto.v1 import feedback_pb2_grpc, models_pb2_grpc
 from heedful_proto.v1 import models_pb2 as pb
-from heedful_proto.v1 import models_pb2_grpc
 from typer.testing import CliRunner
 
 STATES = {
@@ -281,6 +284,28 @@ def loop(server, script, refuse, refusal) -> Loop:
     server.model_service = loop
     server.start()
     return loop
+
+
+@pytest.fixture
+def memory(server, loop, script, refuse, refusal):
+    """FeedbackService in memory, as the tests of feedback have it."""
+    path = Path(__file__).parent.parent / "feedback" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("heedful_tests_feedback_service", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    script.unique_ids = True
+    memory = module.Memory(script, refuse, refusal)
+    server.stop()
+    server.more_services.append(
+        lambda grpc_server: feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(
+            memory, grpc_server
+        )
+    )
+    server.start()
+    return memory
 
 
 @pytest.fixture

@@ -13,9 +13,12 @@ from heedful.cli.chat import chat
 from heedful.cli.connection import ENVIRONMENT_HELP
 from heedful.cli.erase import erase
 from heedful.cli.feedback import build_feedback
+from heedful.cli.gate import build_gate
 from heedful.cli.generate import generate
+from heedful.cli.models import build_models
 from heedful.cli.output import write
-from heedful.cli.programs import PASS_THROUGH, keys, model, serve
+from heedful.cli.programs import PASS_THROUGH, keys, migrate_base, model, serve, train
+from heedful.cli.refresh import build_refresh
 from heedful.cli.status import status
 from heedful.cli.text import detokenize, score, tokenize
 
@@ -61,10 +64,16 @@ def build_app() -> typer.Typer:
     ) -> None:
         pass
 
-    app.command(context_settings=PASS_THROUGH, add_help_option=False)(serve)
-    app.command(context_settings=PASS_THROUGH, add_help_option=False)(model)
-    app.command(context_settings=PASS_THROUGH, add_help_option=False)(keys)
-    app.add_typer(build_feedback(), name="feedback")
+    for passed_on in (serve, train, model, keys, migrate_base):
+        name = passed_on.__name__.replace("_", "-")
+        app.command(name, context_settings=PASS_THROUGH, add_help_option=False)(passed_on)
+    for name, group in (
+        ("feedback", build_feedback()),
+        ("models", build_models()),
+        ("refresh", build_refresh()),
+        ("gate", build_gate()),
+    ):
+        app.add_typer(group, name=name)
     for command in (erase, chat, generate, status, score, tokenize, detokenize, bench, version):
         app.command()(command)
     return app

@@ -33,6 +33,7 @@ HELP = (
     "/exit          leave (or Ctrl-D)\n"
     "/reset         forget the conversation\n"
     "/system TEXT   set the system message; without TEXT remove it\n"
+    "/model VERSION who answers from now on; without VERSION the champion\n"
     "/seed N        make answers repeatable; without N random again\n"
     f"{rating.HELP}\n"
     "/help          this list"
@@ -117,6 +118,9 @@ def command(talk: Talk, line: str) -> bool:
         case "/system":
             session.system = argument or None
             console.print("system message set" if argument else "no system message", style="dim")
+        case "/model":
+            session.options["model"] = argument or None
+            console.print(f"{argument or 'the champion'} answers", style="dim", markup=False)
         case "/seed":
             _set_seed(session, argument, console)
         case _ if name in rating.COMMANDS:

@@ -57,15 +57,20 @@ TARGET = DEFAULT_TARGET
 TIMEOUT_S = DEFAULT_TIMEOUT_S
 
 
-def open_client(target: str, timeout_s: float) -> Client:
-    """Opens a client with what the environment says about key, project and TLS."""
+def open_client(target: str, timeout_s: float, name: str = "") -> Client:
+    """Opens a client with what the environment says about key, TLS and (without `name`) project."""
     return Client(
         target,
         api_key=api_key(),
         tls=tls(),
-        project=os.environ.get("HEEDFUL_PROJECT", "default"),
+        project=name or project(),
         timeout_s=timeout_s,
     )
+
+
+def project() -> str:
+    """Returns the project of the environment."""
+    return os.environ.get("HEEDFUL_PROJECT") or "default"
 
 
 def api_key() -> str | None:
@@ -88,10 +93,14 @@ def tls() -> TLS | None:
 
 @contextmanager
 def ready_client(
-    target: str, timeout_s: float, wait_s: float | None, service: Service = "inference"
+    target: str,
+    timeout_s: float,
+    wait_s: float | None,
+    service: Service = "inference",
+    project_name: str = "",
 ) -> Iterator[Client]:
     """Opens a client to a ready server; the client's errors end the command with one line."""
-    with errors_as_lines(target), open_client(target, timeout_s) as client:
+    with errors_as_lines(target), open_client(target, timeout_s, project_name) as client:
         wait_ready(client, wait_s, service)
         yield client
 

@@ -161,6 +161,22 @@ def import_file(
         raise typer.Exit(int(ExitCode.FAILED))
 
 
+def send_file(client: Client, file: Path) -> Tally:
+    """Imports a file as `import` without options does: up to its first bad line.
+
+    Raises:
+        HeedfulError: a whole batch failed.
+    """
+    reader = Reader(file.name, None, {}, plain_text=False)
+    tally = Tally(file.name)
+    try:
+        _send_all(client, file, reader, tally, file.name, skip_bad=False)
+    except OSError as error:
+        raise fail(f"{file}: {error.strerror or error}", ExitCode.FAILED) from None
+    tally.format = reader.format
+    return tally
+
+
 def _write_whole(path: Path, lines: Iterable[str]) -> int:
     """Writes a file that is there as a whole or not at all; returns the number of lines."""
     count = 0

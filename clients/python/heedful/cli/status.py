@@ -1,9 +1,10 @@
-"""`heedful status`: is the server up, what does it serve, and how busy is it.
+"""`heedful status`: is the server up, who answers, what is being learned, and how busy is it.
 
-Owns the picture it draws from three sources: health and ModelService over gRPC, and the engine's
-figures from the HTTP port's metrics page, which may be closed to us.
+Owns the picture it draws from its sources: health, ModelService and the feedback's backlog over
+gRPC, and the engine's figures from the HTTP port's metrics page, which may be closed to us.
 """
 
+import contextlib
 import dataclasses
 import urllib.request
 from typing import Annotated
@@ -13,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from heedful.cli.connection import TARGET, TargetOption, WaitOption, open_client, wait_ready
+from heedful.cli.models_view import age
 from heedful.cli.output import ExitCode, describe, write_json
 from heedful.errors import HeedfulError, Unavailable
-from heedful.model_types import Models
+from heedful.model_types import Models, Refresh
 from heedful.sync import Client
 from heedful.types import Health
 
@@ -36,6 +38,16 @@ FIGURES = (
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Learning:
+    """How the loop stands; None where it may not be read here."""
+
+    backlog: int | None = None
+    """Judgements that no run has used."""
+    refresh: Refresh | None = None
+    """The newest run."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Status:
     """What could be learned; `problem` says why the rest could not."""
 
@@ -43,6 +55,7 @@ class Status:
     ready: bool
     health: Health | None = None
     models: Models | None = None
+    learning: Learning = Learning()
     engine: dict[str, float] = dataclasses.field(default_factory=dict)
     problem: str = ""
 
@@ -94,7 +107,21 @@ def _look(client: Client, wait_s: float, url: str) -> Status:
         models = client.list_models() if health.ready else None
     except HeedfulError as error:
         return Status(client.target, ready=False, problem=problem or describe(error))
-    return Status(client.target, health.ready, health, models, _fetch_figures(url), problem)
+    learning = _learning(client) if health.ready else Learning()
+    return Status(
+        client.target, health.ready, health, models, learning, _fetch_figures(url), problem
+    )
+
+
+def _learning(client: Client) -> Learning:
+    backlog: int | None = None
+    runs: tuple[Refresh, ...] = ()
+    # Both need scopes that whoever asks for the health may lack.
+    with contextlib.suppress(HeedfulError):
+        backlog = client.summarize_feedback().backlog
+    with contextlib.suppress(HeedfulError):
+        runs = client.list_refreshes(limit=1)
+    return Learning(backlog, runs[0] if runs else None)
 
 
 def _fetch_figures(url: str) -> dict[str, float]:
@@ -115,6 +142,8 @@ def _draw(found: Status) -> None:
     if found.health is not None:
         for service, state in dataclasses.asdict(found.health).items():
             table.add_row(f"{service} service", str(state))
+    if found.models is not None:
+        _add_loop(table, found.models, found.learning)
     for version in found.models.versions if found.models else ():
         loaded = "loaded" if version.loaded else "not loaded"
         table.add_row(
@@ -122,8 +151,21 @@ def _draw(found: Status) -> None:
             f"{version.base_model} {version.quantization}, {version.state}, {loaded}, "
             f"context {version.context_tokens} tokens",
         )
-    for alias, target in (found.models.aliases if found.models else {}).items():
-        table.add_row(f"alias {alias}", target)
     for name, value in found.engine.items():
         table.add_row(name.removeprefix("heedful_").replace("_", " "), f"{value:g}")
     Console(highlight=False).print(table)
+
+
+def _add_loop(table: Table, models: Models, learning: Learning) -> None:
+    for alias, name in models.aliases.items():
+        version = models.find(name)
+        old = age(version.created) if version is not None and version.role != "base" else ""
+        verdict = version.verdict if version is not None else ""
+        details = ", ".join(filter(None, (f"{old} old" if old else "", verdict)))
+        table.add_row(alias, f"{name} ({details})" if details else name)
+    if learning.backlog is not None:
+        table.add_row("backlog", f"{learning.backlog} judgements not trained on yet")
+    run = learning.refresh
+    if run is not None:
+        done = f"{run.stage} {run.stage_progress:.0%}" if not run.is_over else age(run.ended)
+        table.add_row("refresh", f"{run.run_id} {run.status}, {done}".rstrip(", "))

@@ -92,10 +92,22 @@ def record(client: Client, comparison: Comparison, vote: Vote) -> Receipt:
         HeedfulError: it was not recorded.
     """
     receipt = client.rank(comparison, vote.order, all_bad=vote.all_bad)
-    stderr().print(
-        "vote recorded" + _versions(client, comparison.candidates), style="dim", markup=False
+    who = "".join(
+        f" · {letter} is {version}"
+        for letter, version in zip(LETTERS, reveal(client, comparison.candidates), strict=False)
     )
+    stderr().print(f"vote recorded{who}", style="dim", markup=False)
     return receipt
+
+
+def reveal(client: Client, candidates: tuple[Candidate, ...]) -> tuple[str, ...]:
+    """Returns which version gave which answer; nothing where the log may not be read."""
+    try:
+        logged = [client.completion(candidate) for candidate in candidates]
+    except HeedfulError:
+        # Not everyone may read the log; the vote stands without it.
+        return ()
+    return tuple(item.served_by.policy_version for item in logged)
 
 
 def _groups(typed: str, k: int) -> tuple[tuple[int, ...], ...]:
@@ -151,15 +163,3 @@ def _read_line(k: int) -> Vote | None:
     except ValueError as error:
         # The lines that follow were meant for other questions.
         raise fail(str(error), ExitCode.USAGE) from None
-
-
-def _versions(client: Client, candidates: tuple[Candidate, ...]) -> str:
-    try:
-        logged = [client.completion(candidate) for candidate in candidates]
-    except HeedfulError:
-        # Not everyone may read the log; the vote stands without it.
-        return ""
-    return "".join(
-        f" · {letter} is {item.served_by.policy_version}"
-        for letter, item in zip(LETTERS, logged, strict=False)
-    )

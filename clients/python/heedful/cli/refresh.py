@@ -1,0 +1,246 @@
+"""`heedful refresh`: turn feedback into a new version, watch it happen, pause or stop it.
+
+Owns those commands and the order of a refresh: import, start, a trainer where none takes the run,
+progress, verdict. `following.py` owns one run, `refresh_view.py` how it looks.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from heedful.cli import following
+from heedful.cli import refresh_view as view
+from heedful.cli.connection import (
+    TARGET,
+    TIMEOUT_S,
+    TargetOption,
+    TimeoutOption,
+    WaitOption,
+    ready_client,
+)
+from heedful.cli.feedback_files import send_file
+from heedful.cli.options import JsonFlag
+from heedful.cli.output import ExitCode, fail, json_text, stderr, write
+from heedful.model_types import Refresh, RefreshAction
+from heedful.sync import Client
+
+
+class ModeChoice(StrEnum):
+    """Choices of --mode."""
+
+    AUTO = "auto"
+    APPROVE = "approve"
+    SHADOW = "shadow"
+
+
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="Id of the run; default: the newest one.")
+]
+JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON Lines, one for each change.")]
+
+
+def build_refresh() -> typer.Typer:
+    """Returns the group of commands; without one of them it starts a refresh."""
+    group = typer.Typer(
+        invoke_without_command=True,
+        help="Learn from feedback: train a new version, judge it and publish it.",
+    )
+    group.callback()(start)
+    group.command("list")(list_runs)
+    for command in (watch, pause, resume, stop):
+        group.command()(command)
+    return group
+
+
+def start(
+    context: typer.Context,
+    target: TargetOption = TARGET,
+    timeout: TimeoutOption = TIMEOUT_S,
+    wait: WaitOption = None,
+    method: Annotated[
+        following.MethodChoice,
+        typer.Option("--method", help="How to train; auto lets the data decide."),
+    ] = following.MethodChoice.AUTO,
+    import_: Annotated[
+        Path | None,
+        typer.Option(
+            "--import",
+            metavar="FILE",
+            help="Import preference data first, as 'heedful feedback import' does.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    mode: Annotated[
+        ModeChoice | None,
+        typer.Option("--mode", help="Who promotes: the gate (auto), you (approve), nobody."),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the trainer, repeatable."),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow/--no-follow", help="Show progress until it is over.")
+    ] = True,
+    trainer: Annotated[
+        bool, typer.Option("--trainer/--no-trainer", help="Start a trainer if none takes the run.")
+    ] = True,
+    home: Annotated[
+        Path | None, typer.Option("--home", metavar="DIR", help="Home directory, for the trainer.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="heedful.toml, for the trainer.")
+    ] = None,
+    as_json: JsonLines = False,
+) -> None:
+    """Learn from the feedback of the project: train a new version, judge it and publish it.
+
+    Ctrl-C stops watching, not the run; 'heedful refresh watch' comes back to it.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    overrides = settings(setting or (), mode)
+    with ready_client(target, timeout, wait) as client:
+        if import_ is not None:
+            _import(client, import_, as_json)
+        run = following.begin(client, method, overrides)
+        worker = None
+        if trainer:
+            worker = following.attend(client, run, home, config)
+        if not follow:
+            _leave(client.get_refresh(run.run_id), as_json)
+            return
+        _end(following.watch_run(client, run.run_id, as_json, worker), as_json)
+
+
+def list_runs(
+    target: TargetOption = TARGET,
+    timeout: TimeoutOption = TIMEOUT_S,
+    wait: WaitOption = None,
+    limit: Annotated[
+        int, typer.Option("--limit", "-n", min=1, max=100, help="At most so many.")
+    ] = 20,
+    as_json: JsonFlag = False,
+) -> None:
+    """List the runs of the project, newest first."""
+    with ready_client(target, timeout, wait, "feedback") as client:
+        runs = client.list_refreshes(limit=limit)
+    if as_json:
+        write(json_text([view.document(run) for run in runs]) + "\n")
+    else:
+        view.show_runs(runs)
+
+
+def watch(
+    run: RunArgument = "",
+    target: TargetOption = TARGET,
+    timeout: TimeoutOption = TIMEOUT_S,
+    wait: WaitOption = None,
+    as_json: JsonLines = False,
+) -> None:
+    """Show the progress of a run until it is over; ends with code 1 where it failed."""
+    with ready_client(target, timeout, wait, "feedback") as client:
+        _end(following.watch_run(client, _newest(client, run), as_json), as_json)
+
+
+def pause(
+    run: RunArgument = "",
+    target: TargetOption = TARGET,
+    timeout: TimeoutOption = TIMEOUT_S,
+    wait: WaitOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a run save its work and wait."""
+    _control("pause", run, target, timeout, wait, as_json)
+
+
+def resume(
+    run: RunArgument = "",
+    target: TargetOption = TARGET,
+    timeout: TimeoutOption = TIMEOUT_S,
+    wait: WaitOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Let a paused run go on."""
+    _control("resume", run, target, timeout, wait, as_json)
+
+
+def stop(
+    run: RunArgument = "",
+    target: TargetOption = TARGET,
+    timeout: TimeoutOption = TIMEOUT_S,
+    wait: WaitOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """End a run for good; its last checkpoint is kept."""
+    _control("stop", run, target, timeout, wait, as_json)
+
+
+def settings(given: list[str] | tuple[()], mode: ModeChoice | None) -> dict[str, str]:
+    """Returns the trainer's settings by dotted path.
+
+    Raises:
+        typer.BadParameter: one has no value.
+    """
+    found: dict[str, str] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise typer.BadParameter(f"--set takes KEY=VALUE, not {text}")
+        found[key.strip()] = value.strip()
+    if mode is not None:
+        found["mode"] = mode.value
+    return found
+
+
+def _import(client: Client, file: Path, as_json: bool) -> None:
+    tally = send_file(client, file)
+    stderr().print(
+        f"{file.name}: {tally.stored} records stored, {tally.duplicate} there before",
+        style="dim",
+        markup=False,
+    )
+    if tally.bad:
+        hint = f"Nothing was started. See: heedful feedback import {file} --dry-run"
+        raise fail(f"{file.name}: {tally.problems[0]}", ExitCode.FAILED, hint)
+
+
+def _leave(run: Refresh, as_json: bool) -> None:
+    if as_json:
+        write(json_text(view.document(run), indent=None) + "\n")
+    else:
+        view.show_end(run)
+
+
+def _end(run: Refresh, as_json: bool) -> None:
+    if not as_json:
+        view.show_end(run)
+    if run.status == "failed":
+        raise typer.Exit(int(ExitCode.FAILED))
+
+
+def _newest(client: Client, run: str) -> str:
+    if run:
+        return run
+    runs = client.list_refreshes(limit=1)
+    if not runs:
+        raise fail("there has been no refresh yet", ExitCode.FAILED, "Start one: heedful refresh")
+    return runs[0].run_id
+
+
+def _control(
+    action: RefreshAction,
+    run: str,
+    target: str,
+    timeout_s: float,
+    wait_s: float | None,
+    as_json: bool,
+) -> None:
+    with ready_client(target, timeout_s, wait_s, "feedback") as client:
+        refresh = client.control_refresh(_newest(client, run), action)
+    if as_json:
+        write(json_text(view.document(refresh)) + "\n")
+    else:
+        write(f"{view.in_words(refresh)}\n")
