@@ -84,3 +84,18 @@ def test_an_adapter_that_does_not_fit_is_refused():
         slots.load(0, [torch.zeros(4, 32)], [torch.zeros(16, 4)], 1.0)
     with pytest.raises(ValueError, match="bf16 or fp32"):
         LoraSlots.empty(1, 64, (16,), 16, torch.float16)
+
+
+def test_a_slot_is_overwritten_by_adapters_of_any_rank(cpu, rows_batch):
+    slots = LoraSlots.empty(2, 64, (32, 16), 48)
+    other = ([torch.randn(33, 64)] * 2, [torch.randn(32, 33), torch.randn(16, 33)])
+    slots.load(1, *other, 1.0)
+    x_TK, base = torch.randn(2, 64), torch.randn(2, 48)
+    for rank in (48, 3, 17, 16, 0):
+        a = [torch.randn(rank, 64) for _ in range(2)]
+        b = [torch.randn(32, rank), torch.randn(16, rank)]
+        slots.load(0, a, b, 2.0)
+        y_TN = base.clone()
+        run_lora(cpu, rows_batch, x_TK, slots, [0, 1], y_TN)
+        expected = reference.lora(x_TK, slots, torch.tensor([0, 1]), base)
+        assert torch.allclose(y_TN, expected, rtol=1e-5, atol=1e-3)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -112,14 +113,20 @@ class LoraSlots:
     """The adapters of one (possibly stacked) linear: y_t += scale_s * B_s (A_s x_t).
 
     A stacked linear (q|k|v, gate|up) has one segment per part, each with its own A and B. Made by
-    `empty`, filled by `load`; a slot may be rewritten between runs, never during one.
+    `empty`, filled by `load`. A slot may be rewritten whenever no row of a running program has it,
+    also while other slots are read. Every slot has room for max_rank, but holds its adapter packed
+    by its own rank, rounded up to 16 (`tiles` * 16), at its start: memory that no adapter needs is
+    never touched, and what is read is contiguous.
 
     Attributes:
-        a: [slots, segments, max_rank/16, K/2, 16, 2] bf16, or fp32 with the last two axes swapped.
-        b: [slots, N/16, max_rank/2, 16, 2], dtype and axes as `a`.
+        a: [slots, room]; a slot is [segments, tiles, K/2, 16, 2] bf16, or fp32 with the last two
+            axes swapped.
+        b: [slots, room]; a slot is [N/16, tiles * 8, 16, 2], dtype and axes as `a`.
         ranks: int32 [slots]; 0 switches a slot off.
         scales: fp32 [slots].
         segment_ends: where each segment's outputs end; the last is N. Multiples of 16.
+        k: inputs.
+        max_rank: the largest rank that a slot holds, a multiple of 16.
     """
 
     a: Tensor
@@ -127,6 +134,8 @@ class LoraSlots:
     ranks: Tensor
     scales: Tensor
     segment_ends: tuple[int, ...]
+    k: int
+    max_rank: int
 
     @classmethod
     def empty(
@@ -142,31 +151,26 @@ class LoraSlots:
             raise ValueError(f"adapters are bf16 or fp32, got {dtype}")
         if k % GROUP or any(width % TILE for width in segment_widths):
             raise ValueError(f"K by {GROUP}, outputs by {TILE}: {k}, {segment_widths}")
-        tiles = -(-max_rank // TILE)
-        n = sum(segment_widths)
-        pair = (TILE, 2) if dtype == torch.bfloat16 else (2, TILE)
+        rank = -(-max_rank // TILE) * TILE
         return cls(
-            torch.zeros(slots, len(segment_widths), tiles, k // 2, *pair, dtype=dtype),
-            torch.zeros(slots, n // TILE, tiles * TILE // 2, *pair, dtype=dtype),
+            _untouched_zeros(slots, len(segment_widths) * rank * k, dtype),
+            _untouched_zeros(slots, sum(segment_widths) * rank, dtype),
             torch.zeros(slots, dtype=torch.int32),
             torch.zeros(slots),
             tuple(itertools.accumulate(segment_widths)),
+            k,
+            rank,
         )
-
-    @property
-    def k(self) -> int:
-        """Inputs."""
-        return 2 * self.a.shape[3]
 
     @property
     def n(self) -> int:
         """Outputs of all segments together."""
-        return TILE * self.b.shape[1]
+        return self.segment_ends[-1]
 
-    @property
-    def max_rank(self) -> int:
-        """The largest rank that a slot holds, a multiple of 16."""
-        return TILE * self.a.shape[2]
+    def slot_bytes(self, rank: int) -> int:
+        """Bytes of A and B of an adapter of this rank."""
+        padded = -(-rank // TILE) * TILE
+        return padded * (len(self.segment_ends) * self.k + self.n) * self.a.element_size()
 
     def load(self, slot: int, a: Sequence[Tensor], b: Sequence[Tensor], scale: float) -> None:
         """Puts one adapter into a slot.
@@ -187,19 +191,28 @@ class LoraSlots:
         found = [(tuple(x.shape), tuple(y.shape)) for x, y in zip(a, b, strict=True)]
         if rank > self.max_rank or found != wanted:
             raise ValueError(f"adapter shapes {found}, wanted {wanted} up to rank {self.max_rank}")
-        a_SRK = torch.zeros(len(a), self.max_rank, self.k)
+        padded = -(-rank // TILE) * TILE
+        a_SRK = torch.zeros(len(a), padded, self.k)
         a_SRK[:, :rank] = torch.stack([x.float() for x in a])
-        b_NR = torch.zeros(self.n, self.max_rank)
+        b_NR = torch.zeros(self.n, padded)
         b_NR[:, :rank] = torch.cat([x.float() for x in b])
-        self.a[slot] = self._paired(a_SRK.reshape(len(a), -1, TILE, self.k))
-        self.b[slot] = self._paired(b_NR.reshape(-1, TILE, self.max_rank))
+        self.a[slot, : a_SRK.numel()] = self._paired(a_SRK.reshape(-1, TILE, self.k))
+        self.b[slot, : b_NR.numel()] = self._paired(b_NR.reshape(self.n // TILE, TILE, padded))
         self.scales[slot] = scale
         self.ranks[slot] = rank
 
     def _paired(self, x: Tensor) -> Tensor:
-        """[.., 16, n] to [.., n/2, 16, 2] (bf16) or [.., n/2, 2, 16] (fp32)."""
-        pairs = x.reshape(*x.shape[:-1], -1, 2).transpose(-3, -2)
-        return pairs if self.a.dtype == torch.bfloat16 else pairs.transpose(-1, -2)
+        """[.., 16, n] to [.., n/2, 16, 2] (bf16) or [.., n/2, 2, 16] (fp32), flat."""
+        pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).transpose(-3, -2)
+        return (pairs if self.a.dtype == torch.bfloat16 else pairs.transpose(-1, -2)).flatten()
+
+
+def _untouched_zeros(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Zeros whose pages take no memory until they are written to, unlike those of torch.zeros."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    # An empty mapping is an error.
+    mapping = mmap.mmap(-1, max(rows * columns * dtype.itemsize, 1), flags=flags)
+    return torch.frombuffer(mapping, dtype=dtype, count=rows * columns).view(rows, columns)
 
 
 @dataclass(frozen=True)

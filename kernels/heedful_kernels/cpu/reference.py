@@ -132,18 +132,15 @@ def attention(
 
 def lora(x_TK: Tensor, slots: LoraSlots, lora_slot: Tensor, y_TN: Tensor) -> Tensor:
     """y_t + scale_s * B_s (A_s x_t) for every row with a slot, segment by segment."""
-    a_sSRK, b_sNR = _unpaired(slots, slots.a), _unpaired(slots, slots.b)
-    count, segments = slots.ranks.shape[0], len(slots.segment_ends)
-    a_sSRK = a_sSRK.reshape(count, segments, slots.max_rank, slots.k)
-    b_sNR = b_sNR.reshape(count, slots.n, slots.max_rank)
     out_TN = y_TN.clone()
     for t, slot in enumerate(lora_slot.tolist()):
         if slot < 0:
             continue
         rank, start = int(slots.ranks[slot]), 0
+        a_SRK, b_NR = _unpaired_slot(slots, slot)
         for segment, end in enumerate(slots.segment_ends):
-            h = a_sSRK[slot, segment, :rank] @ x_TK[t]
-            out_TN[t, start:end] += slots.scales[slot] * (b_sNR[slot, start:end, :rank] @ h)
+            h = a_SRK[segment, :rank] @ x_TK[t]
+            out_TN[t, start:end] += slots.scales[slot] * (b_NR[start:end, :rank] @ h)
             start = end
     return out_TN
 
@@ -157,9 +154,19 @@ def argmax_lse(logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return argmax_R, best_R, logits_RV.double().logsumexp(-1).float()
 
 
-def _unpaired(slots: LoraSlots, packed: Tensor) -> Tensor:
-    """[.., n/2, 16, 2] (for fp32 [.., n/2, 2, 16]) to fp32 [.., 16, n]."""
-    pairs = packed.float() if slots.a.dtype == torch.bfloat16 else packed.transpose(-1, -2)
+def _unpaired_slot(slots: LoraSlots, slot: int) -> tuple[Tensor, Tensor]:
+    """A slot's A [segments, rank, K] and B [N, rank] in fp32, the rank rounded up to 16."""
+    segments, padded = len(slots.segment_ends), -(-int(slots.ranks[slot]) // 16) * 16
+    a_TK = _unpaired(slots.a[slot, : segments * padded * slots.k], slots.k)
+    b_TR = _unpaired(slots.b[slot, : slots.n * padded], padded) if padded else torch.zeros(0)
+    return a_TK.reshape(segments, padded, slots.k), b_TR.reshape(slots.n, padded)
+
+
+def _unpaired(packed: Tensor, columns: int) -> Tensor:
+    """Flat tiles [columns/2, 16, 2] (for fp32 [columns/2, 2, 16]) to fp32 [tiles, 16, columns]."""
+    pair = (16, 2) if packed.dtype == torch.bfloat16 else (2, 16)
+    tiles = packed.float().reshape(-1, columns // 2, *pair)
+    pairs = tiles if packed.dtype == torch.bfloat16 else tiles.transpose(-1, -2)
     return pairs.transpose(-3, -2).flatten(-2)
 
 

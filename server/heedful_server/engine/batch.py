@@ -31,6 +31,7 @@ class PreparedStep:
     batch: ForwardBatch
     sample_rows: list[int]
     scored: list[ScoredRows]
+    hidden: list[Sequence]  # whose final hidden states are wanted, in the order of hidden_rows
 
 
 def prepare_step(plan: StepPlan, block_size: int) -> PreparedStep:
@@ -53,6 +54,8 @@ def prepare_step(plan: StepPlan, block_size: int) -> PreparedStep:
         slots[first:last] = blocks * block_size + chunk_positions % block_size
         starts.append(last)
     logit_rows, sample_rows, scored = _logit_rows(plan, starts)
+    hidden = _hidden_rows(plan, starts)
+    adapter_slots = tuple(chunk.sequence.adapter_slot for chunk in plan.chunks)
     batch = ForwardBatch(
         token_ids_T=torch.from_numpy(token_ids),
         positions_T=torch.from_numpy(positions),
@@ -61,8 +64,20 @@ def prepare_step(plan: StepPlan, block_size: int) -> PreparedStep:
         query_starts=tuple(starts),
         context_lens=tuple(ends),
         logit_rows_R=torch.tensor(logit_rows, dtype=torch.int64),
+        hidden_rows=tuple(row for _, row in hidden),
+        adapter_slots=adapter_slots if max(adapter_slots) >= 0 else None,
     )
-    return PreparedStep(batch, sample_rows, scored)
+    return PreparedStep(batch, sample_rows, scored, [sequence for sequence, _ in hidden])
+
+
+def _hidden_rows(plan: StepPlan, starts: list[int]) -> list[tuple[Sequence, int]]:
+    """Rows of last tokens whose sequence wants their hidden state."""
+    return [
+        (chunk.sequence, start + chunk.num_tokens - 1)
+        for chunk, start in zip(plan.chunks, starts, strict=False)
+        if chunk.sequence.wants_hidden
+        and chunk.start + chunk.num_tokens == len(chunk.sequence.token_ids)
+    ]
 
 
 def _logit_rows(plan: StepPlan, starts: list[int]) -> tuple[list[int], list[int], list[ScoredRows]]:
@@ -89,7 +104,7 @@ def _logit_rows(plan: StepPlan, starts: list[int]) -> tuple[list[int], list[int]
 def _scored_positions(chunk: Chunk) -> range:
     """Positions of the chunk whose logits score the next token of the same sequence."""
     sequence = chunk.sequence
-    if not sequence.scores:
+    if not sequence.scores or sequence.wants_hidden:
         return range(0)
     wanted = chunk.logit_positions
     # The last token of a scored sequence predicts nothing that is known.

@@ -1,9 +1,9 @@
 """The engine: requests in, deltas out, one step at a time.
 
-Owns the table of requests and what happens to them between submission and their last delta. It
-knows nothing of sockets, processes or tensors: the scheduler decides what runs, the runner
-computes it. Runs in the engine child's main thread; no method blocks except step(), which takes
-one forward pass.
+Owns the table of generate requests and what happens to them between submission and their last
+delta; score requests are in scoring.py, adapters in adapter_slots.py. It knows nothing of sockets,
+processes or tensors: the scheduler decides what runs, the runner computes it. Runs in the engine
+child's main thread; no method blocks except step(), which takes one forward pass.
 
 One bad request cannot end the engine: whatever a request raises by itself fails that request, and
 a forward pass that raises fails the requests that were in it.
@@ -14,19 +14,24 @@ from collections.abc import Callable
 
 import structlog
 
+from heedful_server.engine.adapter_loader import LoadedAdapter
+from heedful_server.engine.adapter_slots import AdapterSlots, LoadJob
 from heedful_server.engine.constraint import CompiledConstraint
-from heedful_server.engine.requests import GenerateRequest, Sample, ScoreRequest
+from heedful_server.engine.requests import GenerateRequest, Sample
 from heedful_server.engine.runner import Runner, StepResult
 from heedful_server.engine.sampler import SampledTokens, SamplerRow
 from heedful_server.engine.scheduler import RequestTooLong, Scheduler, StepPlan
+from heedful_server.engine.scoring import Scoring, salt
 from heedful_server.engine.sequence import EngineRequest, Sequence
 from heedful_server.errors import EngineRequestError
 from heedful_server.protocol import (
+    AdapterLoaded,
+    AdapterUnloaded,
     Delta,
     EngineStats,
     Failed,
-    FailureKind,
     FinishReason,
+    LoadAdapter,
     Score,
     Scored,
     Submit,
@@ -36,7 +41,7 @@ from heedful_server.text.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
 
-Report = Delta | Failed | Scored
+Report = Delta | Failed | Scored | AdapterLoaded | AdapterUnloaded
 
 
 class Engine:
@@ -48,6 +53,7 @@ class Engine:
         scheduler: Scheduler,
         tokenizer: Tokenizer,
         max_model_len: int,
+        max_adapters: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
@@ -57,8 +63,9 @@ class Engine:
         self._max_model_len = max_model_len
         self._clock = clock
         self._requests: dict[str, GenerateRequest] = {}
-        self._scores: dict[str, ScoreRequest] = {}
         self._reports: list[Report] = []
+        self._adapters = AdapterSlots(max_adapters, runner.drop_adapter)
+        self._scoring = Scoring(scheduler, self._adapters, self._reports.append)
         self._num_steps = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
@@ -71,17 +78,22 @@ class Engine:
     @property
     def has_requests(self) -> bool:
         """Whether any request is unfinished, be it only that its constraint is being compiled."""
-        return bool(self._requests or self._scores)
+        return bool(self._requests or self._scoring.request_ids)
 
     def submit(self, message: Submit) -> None:
         """Take a generate request; one with a constraint waits for release()."""
         now_s = self._clock()
+        try:
+            adapter_slot = self._adapters.acquire(message.policy, "policy", "policy")
+        except EngineRequestError as error:
+            self._reports.append(Failed(message.request_id, error.kind, str(error), error.field))
+            return
         samples = [
             Sample(index, StreamDetokenizer(self._tokenizer, message.sampling.stop))
             for index in range(message.n)
         ]
         deadline_at_s = None if message.deadline_s is None else now_s + message.deadline_s
-        request = GenerateRequest(message, samples, now_s, deadline_at_s)
+        request = GenerateRequest(message, samples, now_s, deadline_at_s, adapter_slot)
         self._requests[message.request_id] = request
         if message.constraint is None:
             self._queue(request)
@@ -97,7 +109,7 @@ class Engine:
 
     def refuse(self, request_id: str, error: EngineRequestError) -> None:
         """Fail a request that is not queued yet, unless it was cancelled meanwhile."""
-        if self._requests.pop(request_id, None) is not None:
+        if self._forget(request_id) is not None:
             self._reports.append(Failed(request_id, error.kind, str(error), error.field))
 
     def _queue(self, request: GenerateRequest) -> None:
@@ -110,63 +122,61 @@ class Engine:
                     n=message.n,
                     max_tokens=message.sampling.max_tokens,
                     priority=message.priority,
-                    cache_salt=_salt(message.cache_salt, message.policy),
+                    cache_salt=salt(message.cache_salt, message.policy),
                     deadline_at_s=request.deadline_at_s,
+                    adapter_slot=request.adapter_slot,
                 )
             )
         except RequestTooLong as error:
-            del self._requests[message.request_id]
+            self._forget(message.request_id)
             self._reports.append(Failed(message.request_id, "resource", str(error), "prompt"))
 
+    def _forget(self, request_id: str) -> GenerateRequest | None:
+        """Take a request off the table, whose adapter is then free to go."""
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self._adapters.release(request.submit.policy)
+        return request
+
     def score(self, message: Score) -> None:
-        """Queue a score request: one sequence an item."""
+        """Take a score request."""
         deadline_at_s = None if message.deadline_s is None else self._clock() + message.deadline_s
-        request = ScoreRequest(message, deadline_at_s, [[] for _ in message.items])
-        self._scores[message.request_id] = request
-        if request.finished:
-            self._finish_score(message.request_id, request)
-            return
-        for idx, item in enumerate(message.items):
-            if not item.completion_token_ids:
-                continue
-            try:
-                self._scheduler.add(
-                    EngineRequest(
-                        request_id=_score_id(message.request_id, idx),
-                        prompt_token_ids=item.prompt_token_ids + item.completion_token_ids,
-                        n=1,
-                        max_tokens=0,
-                        priority=message.priority,
-                        cache_salt=_salt(message.cache_salt, message.policy),
-                        logits_start=len(item.prompt_token_ids) - 1,
-                        deadline_at_s=deadline_at_s,
-                    )
-                )
-            except RequestTooLong as error:
-                self._fail_score(message.request_id, "resource", str(error), f"items[{idx}]")
-                return
+        self._scoring.add(message, deadline_at_s)
+
+    def load_adapter(self, message: LoadAdapter) -> LoadJob | None:
+        """Take a request to load an adapter; return what has to be read for finish_load()."""
+        return self._adapters.load(message)
+
+    def finish_load(self, adapter_id: str, loaded: LoadedAdapter) -> None:
+        """Let an adapter serve from the next step on, or fail whoever waits for it."""
+        self._adapters.finish(adapter_id, loaded.outcome, loaded.load_s)
+
+    def unload_adapter(self, adapter_id: str) -> None:
+        """Let an adapter go as soon as no request has it."""
+        self._adapters.unload(adapter_id)
 
     def cancel(self, request_id: str, reason: FinishReason) -> None:
         """End a request now; what it sampled so far has been or will be reported."""
-        if request_id in self._scores:
-            self._drop_score(request_id)
-            return
-        request = self._requests.pop(request_id, None)
-        if request is None:
+        if request_id in self._scoring:
+            self._scoring.drop(request_id)
             return
         self._scheduler.cancel(request_id)
+        request = self._forget(request_id)
+        if request is None:
+            return
         for sample in request.samples:
             if not sample.finished:
                 self._reports.append(self._last_delta(request, sample, reason))
 
     def take_reports(self) -> list[Report]:
         """Return what has happened since the last call."""
-        reports, self._reports = self._reports, []
+        reports = [*self._reports, *self._adapters.take_reports()]
+        self._reports.clear()
         return reports
 
     def stats(self, step_s: float, num_tokens: int, num_bytes: int) -> EngineStats:
         """Return where the engine stands after a step of the given cost."""
-        scheduler = self._scheduler
+        scheduler, adapters = self._scheduler, self._adapters
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
@@ -183,12 +193,18 @@ class Engine:
             step_tokens=num_tokens,
             step_bytes=num_bytes,
             kernel_fallbacks=dict(self._runner.decoder.fallbacks),
+            num_adapters=adapters.num_taken,
+            adapter_requests=adapters.requests,
+            adapter_loads=adapters.loads,
+            adapter_load_s=adapters.load_s,
         )
 
     def check_integrity(self) -> None:
-        """Raise AssertionError when an idle engine still holds KV blocks or requests."""
+        """Raise AssertionError when an idle engine still holds KV blocks, requests or adapters."""
         assert not self._requests, f"idle engine holds requests {sorted(self._requests)}"
-        assert not self._scores, f"idle engine holds scores {sorted(self._scores)}"
+        assert not self._scoring.request_ids, f"idle engine holds {self._scoring.request_ids}"
+        assert not any(self._adapters.requests.values()), self._adapters.requests
+        self._adapters.check_integrity()
         self._scheduler.check_integrity()
 
     def step(self) -> int:
@@ -211,9 +227,9 @@ class Engine:
     def _expire(self) -> None:
         now_s = self._clock()
         for request_id in self._scheduler.expired(now_s):
-            score_id = _parent_id(request_id)
-            if score_id in self._scores:
-                self._fail_score(score_id, "deadline", "the deadline passed", "")
+            score_id = self._scoring.owner(request_id)
+            if score_id is not None:
+                self._scoring.fail(score_id, "deadline", "the deadline passed", "")
             else:
                 self.cancel(request_id, "deadline")
 
@@ -251,8 +267,10 @@ class Engine:
             plan,
             {item.sequence: token for item, token in zip(plan.samples, tokens, strict=True)},
         )
-        for sequence, _, logprobs in result.scored:
-            self._take_scores(sequence, logprobs)
+        for sequence, logprobs in result.scored:
+            self._scoring.take_logprobs(sequence, logprobs)
+        for sequence, rewards in result.rewards:
+            self._scoring.take_rewards(sequence, rewards)
         if sampled is None:
             return
         now_s = self._clock()
@@ -291,7 +309,7 @@ class Engine:
             )
         )
         if request.finished:
-            del self._requests[sequence.request_id]
+            self._forget(sequence.request_id)
 
     def _advance(
         self, request: GenerateRequest, sample: Sample, token_id: int
@@ -327,19 +345,6 @@ class Engine:
             finish=request.finish(sample, reason, "", self._clock()),
         )
 
-    def _take_scores(self, sequence: Sequence, logprobs: list[float]) -> None:
-        score_id = _parent_id(sequence.request_id)
-        request = self._scores.get(score_id)
-        if request is None:
-            return
-        request.logprobs[_item_idx(sequence.request_id)] += logprobs
-        if request.finished:
-            self._finish_score(score_id, request)
-
-    def _finish_score(self, score_id: str, request: ScoreRequest) -> None:
-        self._reports.append(Scored(score_id, request.logprobs))
-        self._drop_score(score_id)
-
     def _fail_unsampled(self, plan: StepPlan, sampled: SampledTokens) -> None:
         for item, error in zip(plan.samples, sampled.errors, strict=True):
             request = self._requests.get(item.sequence.request_id)
@@ -352,47 +357,22 @@ class Engine:
         if constraint is None or failure is None:
             self._fail_request(request_id, error)
             return
-        del self._requests[request_id]
         self._scheduler.cancel(request_id)
+        self._forget(request_id)
         self._reports.append(
             Failed(request_id, "invalid", failure, f"constraint.{constraint.kind}")
         )
 
     def _fail_request(self, request_id: str, message: str) -> None:
-        if self._requests.pop(request_id, None) is not None:
-            self._scheduler.cancel(request_id)
+        self._scheduler.cancel(request_id)
+        if self._forget(request_id) is not None:
             self._reports.append(Failed(request_id, "internal", message, ""))
-
-    def _fail_score(self, score_id: str, kind: FailureKind, message: str, field: str) -> None:
-        self._drop_score(score_id)
-        self._reports.append(Failed(score_id, kind, message, field))
-
-    def _drop_score(self, score_id: str) -> None:
-        request = self._scores.pop(score_id)
-        for idx in range(len(request.score.items)):
-            self._scheduler.cancel(_score_id(score_id, idx))
 
     def _fail_plan(self, plan: StepPlan, error: Exception) -> None:
         message = f"the step failed: {type(error).__name__}"
         for request_id in {chunk.sequence.request_id for chunk in plan.chunks}:
-            if _parent_id(request_id) in self._scores:
-                self._fail_score(_parent_id(request_id), "internal", message, "")
+            score_id = self._scoring.owner(request_id)
+            if score_id is not None:
+                self._scoring.fail(score_id, "internal", message, "")
             else:
                 self._fail_request(request_id, message)
-
-
-def _salt(cache_salt: str, policy: str) -> bytes:
-    return f"{policy}\0{cache_salt}".encode()
-
-
-# Items of a score request are scheduled by themselves under ids derived from the request's.
-def _score_id(request_id: str, idx: int) -> str:
-    return f"{request_id}#{idx}"
-
-
-def _parent_id(request_id: str) -> str:
-    return request_id.rpartition("#")[0]
-
-
-def _item_idx(request_id: str) -> int:
-    return int(request_id.rpartition("#")[2])

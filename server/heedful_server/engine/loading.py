@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from heedful_server.engine.adapter_loader import AdapterLoader
 from heedful_server.engine.constraint import GrammarCompiler
 from heedful_server.engine.engine import Engine
 from heedful_server.engine.runner import Runner
@@ -34,6 +35,7 @@ class LoadedEngine:
 
     engine: Engine
     compiler: GrammarCompiler
+    adapter_loader: AdapterLoader
     info: EngineInfo
 
 
@@ -54,7 +56,13 @@ def load_engine(config: EngineConfig, progress: Progress) -> LoadedEngine:
     block_bytes = decoder.kv_bytes_per_block(config.block_size)
     num_blocks = _num_blocks(config, block_bytes, max_model_len)
     progress("KV cache", 0.0)
-    runner = Runner(decoder, num_blocks, config.block_size)
+    runner = Runner(
+        decoder,
+        num_blocks,
+        config.block_size,
+        max_adapters=config.max_adapters,
+        max_adapter_rank=config.max_adapter_rank,
+    )
     scheduler = Scheduler(
         SchedulerConfig(
             num_blocks=num_blocks,
@@ -66,7 +74,7 @@ def load_engine(config: EngineConfig, progress: Progress) -> LoadedEngine:
         )
     )
     # A pool smaller than the model's context is the limit that holds.
-    engine = Engine(runner, scheduler, tokenizer, scheduler.capacity_tokens)
+    engine = Engine(runner, scheduler, tokenizer, scheduler.capacity_tokens, config.max_adapters)
     progress("warm-up", 0.0)
     _warm_up(engine)
     info = EngineInfo(
@@ -84,7 +92,8 @@ def load_engine(config: EngineConfig, progress: Progress) -> LoadedEngine:
         hidden_size=decoder.spec.hidden_size,
         num_layers=decoder.spec.num_layers,
     )
-    return LoadedEngine(engine, GrammarCompiler(tokenizer, decoder.spec.vocab_size), info)
+    compiler = GrammarCompiler(tokenizer, decoder.spec.vocab_size)
+    return LoadedEngine(engine, compiler, AdapterLoader(runner), info)
 
 
 def _num_blocks(config: EngineConfig, block_bytes: int, max_model_len: int) -> int:

@@ -1,9 +1,10 @@
 """Entry point of the engine child process: `python -m heedful_server.engine.main FD`.
 
 Owns the process: the inherited socket, the reader and writer threads, loading, the loop that
-calls the engine. Three threads: the main thread steps the model; the reader puts messages into
-the inbox; the writer sends frames, so that a server that reads slowly never holds up a step. When
-the server goes away the socket closes and this process ends at once.
+calls the engine. The main thread steps the model; the reader puts messages into the inbox; the
+writer sends frames, so that a server that reads slowly never holds up a step; two more threads
+compile grammars and read adapters, and put what they have into the inbox. When the server goes
+away the socket closes and this process ends at once.
 """
 
 import os
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import msgspec
 import structlog
 
+from heedful_server.engine.adapter_loader import AdapterLoader, LoadedAdapter
 from heedful_server.engine.constraint import CompiledConstraint, GrammarCompiler
 from heedful_server.engine.engine import Engine
 from heedful_server.engine.loading import LoadedEngine, load_engine
@@ -30,6 +32,7 @@ from heedful_server.protocol import (
     EngineConfig,
     Failed,
     FromEngine,
+    LoadAdapter,
     Loading,
     Ready,
     Score,
@@ -37,6 +40,7 @@ from heedful_server.protocol import (
     StepReport,
     Submit,
     ToEngine,
+    UnloadAdapter,
 )
 
 log = structlog.get_logger(__name__)
@@ -53,13 +57,21 @@ class Compiled:
     future: "Future[CompiledConstraint]"
 
 
+@dataclass(frozen=True, slots=True)
+class Read:
+    """An adapter is read into its slot, or the future's result says why it cannot be."""
+
+    adapter_id: str
+    future: "Future[LoadedAdapter]"
+
+
 class Channel:
     """The child's end of the socket, with one thread for each direction."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self.inbox: queue.SimpleQueue[ToEngine | Compiled] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[ToEngine | Compiled | Read] = queue.SimpleQueue()
         self._encoder = msgspec.msgpack.Encoder()
         self._writer = threading.Thread(target=self._write, name="engine-writer", daemon=True)
         self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
@@ -107,6 +119,7 @@ class Loop:
         self._channel = channel
         self._engine: Engine = loaded.engine
         self._compiler: GrammarCompiler = loaded.compiler
+        self._adapter_loader: AdapterLoader = loaded.adapter_loader
         self._weight_bytes = loaded.info.weight_bytes
         self._running = True
 
@@ -141,7 +154,7 @@ class Loop:
         except queue.Empty:
             return
 
-    def _handle(self, message: ToEngine | Compiled) -> None:
+    def _handle(self, message: ToEngine | Compiled | Read) -> None:
         match message:
             case Submit():
                 self._submit(message)
@@ -151,6 +164,12 @@ class Loop:
                 self._engine.cancel(message.request_id, message.reason)
             case Compiled():
                 self._release(message)
+            case LoadAdapter():
+                self._load_adapter(message)
+            case UnloadAdapter():
+                self._engine.unload_adapter(message.adapter_id)
+            case Read():
+                self._engine.finish_load(message.adapter_id, message.future.result())
             case Shutdown():
                 self._running = False
 
@@ -170,6 +189,15 @@ class Loop:
             self._engine.refuse(compiled.request_id, error)
             return
         self._engine.release(compiled.request_id, constraint)
+
+    def _load_adapter(self, message: LoadAdapter) -> None:
+        job = self._engine.load_adapter(message)
+        if job is None:
+            return
+        adapter_id, inbox = job.adapter_id, self._channel.inbox
+        future = self._adapter_loader.load(job)
+        # Runs in the loader's thread; the inbox wakes the main thread.
+        future.add_done_callback(lambda done: inbox.put(Read(adapter_id, done)))
 
     def _report(self, step_s: float, num_tokens: int) -> None:
         deltas: list[Delta] = []
@@ -205,6 +233,7 @@ def main() -> None:
     channel.send(Ready(loaded.info))
     Loop(channel, loaded).run()
     loaded.compiler.close()
+    loaded.adapter_loader.close()
     channel.close()
 
 

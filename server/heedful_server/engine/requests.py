@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from heedful_server.engine.constraint import GrammarMatcher
 from heedful_server.engine.sequence import Sequence
-from heedful_server.protocol import Finish, FinishReason, Score, Submit
+from heedful_server.protocol import Finish, FinishReason, Submit
 from heedful_server.text.detokenizer import StreamDetokenizer
 
 
@@ -34,6 +34,7 @@ class GenerateRequest:
     samples: list[Sample]
     submitted_at_s: float
     deadline_at_s: float | None
+    adapter_slot: int
     first_scheduled_at_s: float = 0.0
     cached_prompt_tokens: int = 0
 
@@ -56,21 +57,4 @@ class GenerateRequest:
             queue_s=started_s - self.submitted_at_s,
             prefill_s=max(0.0, first_token_s - started_s),
             decode_s=max(0.0, now_s - first_token_s),
-        )
-
-
-@dataclass(slots=True, eq=False)
-class ScoreRequest:
-    """A score request: one sequence an item, log-probs gathered chunk by chunk."""
-
-    score: Score
-    deadline_at_s: float | None
-    logprobs: list[list[float]]
-
-    @property
-    def finished(self) -> bool:
-        """Whether every item's completion is scored."""
-        return all(
-            len(done) == len(item.completion_token_ids)
-            for done, item in zip(self.logprobs, self.score.items, strict=True)
         )

@@ -1,36 +1,75 @@
-"""Runs the model: one forward pass, then sampling or scoring, for one step plan.
+"""Runs the model: one forward pass, then sampling, scoring or rewarding, for one step plan.
 
-Owns the decoder and the KV cache; the only torch state of the engine. Knows nothing of requests,
-queues or text. Runs in the engine child's main thread.
+Owns the decoder, the KV cache, the adapters in their slots and the reward heads that belong to
+them; the only torch state of the engine. Knows nothing of requests, queues or text. Runs in the
+engine child's main thread, but for load_adapter.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from heedful_server.engine.adapter_slots import LoadOutcome
 from heedful_server.engine.batch import ScoredRows, prepare_step
 from heedful_server.engine.sampler import SampledTokens, SamplerRow, sample, token_logprobs
 from heedful_server.engine.scheduler import StepPlan
 from heedful_server.engine.sequence import Sequence
+from heedful_server.model.adapter import RewardHeads, read_adapter
 from heedful_server.model.decoder import Decoder
+from heedful_server.protocol import AdapterRole
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step computed: tokens parallel to plan.samples, and log-probs of scored tokens."""
+    """What a step computed: tokens parallel to plan.samples, and what was asked of given tokens.
+
+    scored holds log-probs of a sequence's tokens, rewards what each head says of its last one.
+    """
 
     sampled: SampledTokens | None
-    scored: list[tuple[Sequence, int, list[float]]]
+    scored: list[tuple[Sequence, list[float]]]
+    rewards: list[tuple[Sequence, list[float]]]
 
 
 class Runner:
-    """A decoder with the KV cache it writes to."""
+    """A decoder with the KV cache it writes to and the adapters it has."""
 
-    def __init__(self, decoder: Decoder, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_blocks: int,
+        block_size: int,
+        *,
+        max_adapters: int = 0,
+        max_adapter_rank: int = 0,
+    ) -> None:
         self.decoder = decoder
         self._block_size = block_size
+        self._max_adapter_rank = max_adapter_rank
+        self._heads: dict[int, RewardHeads] = {}
+        decoder.reserve_adapters(max_adapters, max_adapter_rank)
         self._kv_cache = decoder.allocate_kv_cache(num_blocks, block_size)
+
+    def load_adapter(self, slot: int, path: str, role: AdapterRole) -> LoadOutcome:
+        """Read an adapter into a slot that no sequence has; may be called from any thread.
+
+        Raises:
+            BadAdapter: its files are unusable.
+        """
+        decoder = self.decoder
+        weights = read_adapter(Path(path), decoder.spec, role, self._max_adapter_rank)
+        num_bytes = decoder.load_adapter(slot, weights)
+        if weights.heads is None:
+            return LoadOutcome(num_bytes, weights.rank, 0)
+        self._heads[slot] = weights.heads
+        return LoadOutcome(num_bytes, weights.rank, weights.heads.bias_J.shape[0])
+
+    def drop_adapter(self, slot: int) -> None:
+        """Empty a slot that no sequence has."""
+        self._heads.pop(slot, None)
+        self.decoder.drop_adapter(slot)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, rows: list[SamplerRow]) -> StepResult:
@@ -38,13 +77,29 @@ class Runner:
         if plan.copies:
             self.decoder.copy_blocks(self._kv_cache, plan.copies)
         prepared = prepare_step(plan, self._block_size)
-        logits_RV, stats = self.decoder.forward(prepared.batch, self._kv_cache)
+        result = self.decoder.forward(prepared.batch, self._kv_cache)
+        logits_RV, stats = result.logits_RV, result.stats
         sampled = None
         if prepared.sample_rows:
             wanted = prepared.sample_rows
             wanted_stats = None if stats is None else stats.select(wanted)
             sampled = sample(_select_rows(logits_RV, wanted), rows, wanted_stats)
-        return StepResult(sampled, [_score(logits_RV, scored) for scored in prepared.scored])
+        return StepResult(
+            sampled,
+            [_score(logits_RV, scored) for scored in prepared.scored],
+            [
+                (sequence, _rewards(self._heads[sequence.adapter_slot], hidden_H))
+                for sequence, hidden_H in zip(prepared.hidden, result.hidden_QH, strict=True)
+            ],
+        )
+
+
+def _rewards(heads: RewardHeads, hidden_H: Tensor) -> list[float]:
+    # Row by row, so that company cannot change a reward's bits.
+    hidden_H = hidden_H.cpu()
+    rewards_J = torch.mv(heads.weight_JH.to(hidden_H.dtype), hidden_H) + heads.bias_J
+    values: list[float] = rewards_J.tolist()
+    return values
 
 
 def _select_rows(logits_RV: Tensor, rows: list[int]) -> Tensor:
@@ -54,7 +109,7 @@ def _select_rows(logits_RV: Tensor, rows: list[int]) -> Tensor:
     return logits_RV[torch.tensor(rows)]
 
 
-def _score(logits_RV: Tensor, scored: ScoredRows) -> tuple[Sequence, int, list[float]]:
+def _score(logits_RV: Tensor, scored: ScoredRows) -> tuple[Sequence, list[float]]:
     start, end = scored.target_start, scored.target_start + scored.num_rows
     rows_RV = logits_RV[scored.row_start : scored.row_start + scored.num_rows]
-    return scored.sequence, start, token_logprobs(rows_RV, scored.sequence.token_ids[start:end])
+    return scored.sequence, token_logprobs(rows_RV, scored.sequence.token_ids[start:end])

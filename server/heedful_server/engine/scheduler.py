@@ -280,6 +280,8 @@ class Scheduler:
             logits_start=num_prompt_tokens - 1 if logits_start is None else logits_start,
             deadline_at_s=request.deadline_at_s,
             order=(self._num_arrived, index),
+            adapter_slot=request.adapter_slot,
+            wants_hidden=request.wants_hidden,
         )
 
     def _pass_on(self, leader: Sequence) -> None:

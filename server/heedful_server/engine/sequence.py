@@ -37,6 +37,8 @@ class EngineRequest:
             tenants and the contents of policies.
         logits_start: first position whose logits are wanted; None means the prompt's last.
         deadline_at_s: time of the monotonic clock after which the request is no longer wanted.
+        adapter_slot: slot of the policy's adapter, or -1; means nothing to the scheduler.
+        wants_hidden: whether the last token's final hidden state is wanted rather than logits.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -50,6 +52,8 @@ class EngineRequest:
     cache_salt: bytes = b""
     logits_start: int | None = None
     deadline_at_s: float | None = None
+    adapter_slot: int = -1
+    wants_hidden: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
@@ -60,6 +64,8 @@ class EngineRequest:
             raise ValueError(f"n is {self.n} with max_tokens {self.max_tokens}")
         if self.priority not in PRIORITIES:
             raise ValueError(f"priority is {self.priority}; it must be one of {PRIORITIES}")
+        if self.wants_hidden and self.max_tokens > 0:
+            raise ValueError("a hidden state is wanted of a request that samples")
         if self.logits_start is None:
             return
         if not 0 <= self.logits_start < len(self.prompt_token_ids):
@@ -87,6 +93,8 @@ class Sequence:
     deadline_at_s: float | None
     order: tuple[int, int]
     """Arrival of the request, then index: unique, and first come is first served."""
+    adapter_slot: int
+    wants_hidden: bool
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed: int = 0
     """Leading tokens whose KV is in the blocks of block_table."""

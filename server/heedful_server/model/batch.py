@@ -25,6 +25,18 @@ class RowStats:
 
 
 @dataclass(frozen=True, slots=True)
+class ForwardResult:
+    """What one forward pass gives back; all of it may be overwritten by the next one.
+
+    The row statistics of the logits come only where they cost next to nothing.
+    """
+
+    logits_RV: Tensor
+    stats: RowStats | None
+    hidden_QH: Tensor  # what the head reads: final-normed, fp32 (fp64 in fp64 mode)
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """T tokens of S sequences; sequence s owns rows query_starts[s] to query_starts[s + 1] - 1.
 
@@ -40,6 +52,8 @@ class ForwardBatch:
     query_starts: tuple[int, ...]
     context_lens: tuple[int, ...]
     logit_rows_R: Tensor  # int64 rows of T
+    hidden_rows: tuple[int, ...] = ()  # rows of T whose final hidden state is wanted
+    adapter_slots: tuple[int, ...] | None = None  # of each sequence, or -1; None when none has one
 
     def to(self, device: torch.device) -> "ForwardBatch":
         """The same batch on a device; itself when it is there already."""

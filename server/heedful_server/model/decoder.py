@@ -15,11 +15,21 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from heedful_server.model import kv_cache as kv
+from heedful_server.model.adapter import AdapterWeights
 from heedful_server.model.attention import AttentionPlan, attend, plan_attention
-from heedful_server.model.batch import ForwardBatch, RowStats
+from heedful_server.model.batch import ForwardBatch, ForwardResult
 from heedful_server.model.embedding import EmbeddingTable
 from heedful_server.model.kv_cache import KVCache
 from heedful_server.model.linear import Linear
+from heedful_server.model.lora import (
+    AdapterRows,
+    LayerUpdates,
+    TorchAdapter,
+    Update,
+    add_update,
+    group_rows,
+    make_adapter,
+)
 from heedful_server.model.norm import Norm
 from heedful_server.model.rope import inverse_frequencies, rotate_, rotations
 from heedful_server.model.spec import Activation, DecoderSpec
@@ -48,12 +58,28 @@ class Decoder(Protocol):
     def copy_blocks(self, kv_cache: Any, pairs: list[tuple[int, int]]) -> None:
         """Copy whole blocks (source, destination) in every layer; no source is also written."""
 
-    def forward(self, batch: ForwardBatch, kv_cache: Any) -> tuple[Tensor, RowStats | None]:
-        """Write the batch's keys and values; return the logits [R, vocab] of its logit rows.
+    def reserve_adapters(self, num_slots: int, max_rank: int) -> None:
+        """Make room for adapters; once, and before the cache is allocated."""
 
-        With them come the rows' statistics where they cost next to nothing. Both may be
-        overwritten by the next call.
+    def load_adapter(self, slot: int, weights: AdapterWeights) -> int:
+        """Put an adapter into a slot that no sequence has; return its bytes.
+
+        May be called from another thread while a forward pass runs.
         """
+
+    def drop_adapter(self, slot: int) -> None:
+        """Empty a slot that no sequence has."""
+
+    def forward(self, batch: ForwardBatch, kv_cache: Any) -> ForwardResult:
+        """Write the batch's keys and values; return logits [R, vocab] of its logit rows.
+
+        Each row gets the update of its sequence's adapter. The result may be overwritten by the
+        next call.
+        """
+
+
+# The updates of one layer with the rows that get them; None means all rows.
+_RowUpdates = list[tuple[Tensor | None, LayerUpdates]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +96,16 @@ class LayerWeights:
     mlp_in: Linear
     mlp_out: Linear
     qk_norm: Norm | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What a forward pass prepares once for all its layers."""
+
+    slots_T: Tensor
+    attention: AttentionPlan
+    turns: Tensor | None
+    adapters: tuple[AdapterRows, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +154,7 @@ class TorchDecoder:
             inverse_frequencies(spec.rope).to(device) if spec.rope is not None else None
         )
         self._activation = _ACTIVATIONS[spec.activation]
+        self._adapters: list[TorchAdapter | None] = []
 
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Bytes that one block of the cache takes over all layers."""
@@ -131,22 +168,43 @@ class TorchDecoder:
         """Copy whole blocks (source, destination) in every layer."""
         kv.copy_blocks(kv_cache, pairs)
 
+    def reserve_adapters(self, num_slots: int, max_rank: int) -> None:
+        """Make room for adapters; their memory is taken when they are loaded."""
+        self._adapters = [None] * num_slots
+
+    def load_adapter(self, slot: int, weights: AdapterWeights) -> int:
+        """Put an adapter into a slot that no sequence has, from any thread; return its bytes."""
+        adapter = make_adapter(weights, self.spec, self.residual_dtype, self.device)
+        self._adapters[slot] = adapter
+        return adapter.num_bytes
+
+    def drop_adapter(self, slot: int) -> None:
+        """Empty a slot that no sequence has."""
+        self._adapters[slot] = None
+
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> tuple[Tensor, RowStats | None]:
+    def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> ForwardResult:
         """Write the batch's keys and values; logits [R, vocab] in fp32 (fp64 in fp64 mode)."""
         batch = batch.to(self.device)
-        weights = self._weights
-        plan = plan_attention(batch, kv_cache.block_size, self.dtype, exact=self._exact_attention)
+        exact = self._exact_attention
         turns = (
             rotations(self._frequencies, batch.positions_T, self.residual_dtype)
             if self._frequencies is not None
             else None
         )
+        step = _Step(
+            slots_T=batch.slot_mapping_T,
+            attention=plan_attention(batch, kv_cache.block_size, self.dtype, exact=exact),
+            turns=turns,
+            adapters=group_rows(batch, self._adapters),
+        )
         x_TH = self._embed(batch)
-        for idx, layer in enumerate(weights.layers):
+        for idx, layer in enumerate(self._weights.layers):
             cache = (kv_cache.slots[idx], kv_cache.blocks[idx])
-            x_TH = self._layer(x_TH, layer, cache, batch.slot_mapping_T, plan, turns)
-        return self._logits(x_TH.index_select(0, batch.logit_rows_R)), None
+            x_TH = self._layer(x_TH, idx, layer, cache, step)
+        wanted_RH = self._final(x_TH.index_select(0, batch.logit_rows_R), self.dtype)
+        hidden_QH = self._final(x_TH[list(batch.hidden_rows)], self.residual_dtype)
+        return ForwardResult(self._logits(wanted_RH), None, hidden_QH)
 
     def _embed(self, batch: ForwardBatch) -> Tensor:
         weights = self._weights
@@ -161,65 +219,86 @@ class TorchDecoder:
     def _layer(
         self,
         x_TH: Tensor,
+        idx: int,
         layer: LayerWeights,
         cache: tuple[Tensor, Tensor],
-        slots_T: Tensor,
-        plan: AttentionPlan,
-        turns: Tensor | None,
+        step: _Step,
     ) -> Tensor:
+        updates = [(group.rows_G, group.adapter.layers[idx]) for group in step.adapters]
+
         def attention(x: Tensor) -> Tensor:
-            return self._attention(x, layer, cache, slots_T, plan, turns)
+            return self._attention(x, layer, cache, step, updates)
 
         residual = self.spec.residual
         if residual == "post":
             x_TH = layer.attn_norm(x_TH + attention(x_TH.to(self.dtype)), self.residual_dtype)
-            mlp_TH = self._mlp(x_TH.to(self.dtype), layer)
+            mlp_TH = self._mlp(x_TH.to(self.dtype), layer, updates)
             return layer.mlp_norm(x_TH + mlp_TH, self.residual_dtype)
         attention_TH = attention(layer.attn_norm(x_TH, self.dtype))
         if residual == "parallel":
-            mlp_TH = self._mlp(layer.mlp_norm(x_TH, self.dtype), layer)
+            mlp_TH = self._mlp(layer.mlp_norm(x_TH, self.dtype), layer, updates)
             return x_TH.add_(attention_TH).add_(mlp_TH)
         x_TH.add_(attention_TH)
-        return x_TH.add_(self._mlp(layer.mlp_norm(x_TH, self.dtype), layer))
+        return x_TH.add_(self._mlp(layer.mlp_norm(x_TH, self.dtype), layer, updates))
 
     def _attention(
         self,
         x_TH: Tensor,
         layer: LayerWeights,
         cache: tuple[Tensor, Tensor],
-        slots_T: Tensor,
-        plan: AttentionPlan,
-        turns: Tensor | None,
+        step: _Step,
+        updates: _RowUpdates,
     ) -> Tensor:
         spec = self.spec
         qkv_TQ = layer.qkv(x_TH)
+        for rows_G, update in updates:
+            self._add(qkv_TQ, x_TH, update.qkv, rows_G)
         qk_THD = qkv_TQ[:, : spec.q_size + spec.kv_size].view(x_TH.shape[0], -1, spec.head_dim)
         if layer.qk_norm is not None:
             qk_THD.copy_(layer.qk_norm(qk_THD.to(self.residual_dtype), self.dtype))
-        if turns is not None:
-            rotate_(qk_THD, turns)
+        if step.turns is not None:
+            rotate_(qk_THD, step.turns)
         slots, blocks = cache
-        slots.index_copy_(0, slots_T, qkv_TQ[:, spec.q_size :])
-        return layer.attn_out(attend(qkv_TQ[:, : spec.q_size], blocks, plan, spec))
+        slots.index_copy_(0, step.slots_T, qkv_TQ[:, spec.q_size :])
+        attended_TQ = attend(qkv_TQ[:, : spec.q_size], blocks, step.attention, spec)
+        out_TH = layer.attn_out(attended_TQ)
+        for rows_G, update in updates:
+            self._add(out_TH, attended_TQ, update.attn_out, rows_G)
+        return out_TH
 
-    def _mlp(self, x_TH: Tensor, layer: LayerWeights) -> Tensor:
+    def _mlp(self, x_TH: Tensor, layer: LayerWeights, updates: _RowUpdates) -> Tensor:
         up_TF = layer.mlp_in(x_TH)
-        if not self.spec.gated_mlp:
-            return layer.mlp_out(self._activation(up_TF))
-        gate_TF, up_TF = up_TF.chunk(2, dim=1)
-        return layer.mlp_out(self._activation(gate_TF).mul_(up_TF))
+        for rows_G, update in updates:
+            self._add(up_TF, x_TH, update.mlp_in, rows_G)
+        if self.spec.gated_mlp:
+            gate_TF, up_TF = up_TF.chunk(2, dim=1)
+            active_TF = self._activation(gate_TF).mul_(up_TF)
+        else:
+            active_TF = self._activation(up_TF)
+        out_TH = layer.mlp_out(active_TF)
+        for rows_G, update in updates:
+            self._add(out_TH, active_TF, update.mlp_out, rows_G)
+        return out_TH
 
-    def _logits(self, x_RH: Tensor) -> Tensor:
+    def _add(self, y_TN: Tensor, x_TK: Tensor, update: Update, rows_G: Tensor | None) -> None:
+        add_update(y_TN, x_TK, update, rows_G, exact=self._exact_attention)
+
+    def _final(self, x_RH: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the head reads of rows of the residual stream."""
         weights = self._weights
         if x_RH.shape[0] == 0:
             # Kernels need not take empty inputs, and a chunk in mid-prompt wants no logits.
-            return x_RH.new_empty((0, self.spec.vocab_size))
+            return x_RH.new_empty((0, self.spec.embed_size))
         if weights.final_norm is not None:
-            x_RH = weights.final_norm(x_RH, self.dtype)
-        x_RH = x_RH.to(self.dtype)
+            x_RH = weights.final_norm(x_RH, dtype)
         if weights.embed_out is not None:
-            x_RH = weights.embed_out(x_RH)
-        return weights.head(x_RH).to(self.residual_dtype)
+            x_RH = weights.embed_out(x_RH.to(self.dtype))
+        return x_RH.to(dtype)
+
+    def _logits(self, x_RE: Tensor) -> Tensor:
+        if x_RE.shape[0] == 0:
+            return x_RE.new_empty((0, self.spec.vocab_size))
+        return self._weights.head(x_RE).to(self.residual_dtype)
 
 
 def residual_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,15 +1,17 @@
 """A Llama-like decoder on the native CPU kernels: one step is two C calls, layers and head.
 
-Owns the packed weights, the activation buffers and the programs that are bound to them. Knows
-nothing of sequences or requests. A row's logits depend on that row's tokens alone, bit for bit,
-whatever else is in the batch. Used by the engine child's main thread only: buffers are reused by
-every step.
+Owns the packed weights, the activation buffers and the programs that are bound to them: one for
+steps without adapters, which pay nothing for the others, and one for steps with them. Knows nothing
+of sequences or requests. A row's logits depend on that row's tokens and adapter alone, bit for bit,
+whatever else is in the batch. Used by the engine child's main thread only, but for loading
+adapters: buffers are reused by every step.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from heedful_kernels.cpu import (
     Batch,
     KVCache,
@@ -23,7 +25,9 @@ from heedful_kernels.cpu import (
 )
 from torch import Tensor
 
-from heedful_server.model.batch import ForwardBatch, RowStats
+from heedful_server.model.adapter import AdapterWeights
+from heedful_server.model.batch import ForwardBatch, ForwardResult, RowStats
+from heedful_server.model.native_adapters import NativeAdapters
 from heedful_server.model.spec import DecoderSpec
 
 # Rows of logits computed at a time: more would only grow the logits buffer.
@@ -87,13 +91,29 @@ class NativeDecoder:
         self._pool = ThreadPool(library, num_threads)
         self._max_rows = max_rows
         self._buffers = _Buffers.empty(spec, max_rows)
-        self._programs: tuple[Program, Program] | None = None
+        self._adapters: NativeAdapters | None = None
+        self._programs: _Programs | None = None
 
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Bytes of one KV block over all layers."""
         padded = -(-self.spec.head_dim // 32) * 32
         per_position = self.spec.num_kv_heads * (self.spec.head_dim + padded) * 2
         return self.spec.num_layers * block_size * per_position
+
+    def reserve_adapters(self, num_slots: int, max_rank: int) -> None:
+        """Make room for adapters; memory is taken as slots are filled."""
+        if num_slots > 0:
+            self._adapters = NativeAdapters(self.spec, num_slots, max_rank, self._max_rows)
+
+    def load_adapter(self, slot: int, weights: AdapterWeights) -> int:
+        """Put an adapter into a slot that no sequence has, from any thread; return its bytes."""
+        assert self._adapters is not None, "reserve_adapters comes first"
+        return self._adapters.load(slot, weights)
+
+    def drop_adapter(self, slot: int) -> None:
+        """Empty a slot that no sequence has."""
+        assert self._adapters is not None, "reserve_adapters comes first"
+        self._adapters.drop(slot)
 
     def allocate_kv_cache(self, num_blocks: int, block_size: int) -> list[KVCache]:
         """Allocate the paged cache and bind the programs to it."""
@@ -102,7 +122,12 @@ class NativeDecoder:
             KVCache.empty(num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
             for _ in range(spec.num_layers)
         ]
-        self._programs = (self._layers_program(caches), self._head_program())
+        adapters = self._adapters
+        self._programs = _Programs(
+            plain=self._layers_program(caches, None),
+            adapted=None if adapters is None else self._layers_program(caches, adapters),
+            head=self._head_program(),
+        )
         return caches
 
     def copy_blocks(self, kv_cache: list[KVCache], pairs: Sequence[tuple[int, int]]) -> None:
@@ -112,17 +137,18 @@ class NativeDecoder:
                 cache.keys[destination] = cache.keys[source]
                 cache.values[destination] = cache.values[source]
 
-    def forward(
-        self, batch: ForwardBatch, kv_cache: list[KVCache]
-    ) -> tuple[Tensor, RowStats | None]:
-        """Return logits_RV (fp32) of the wanted rows and their statistics."""
+    def forward(self, batch: ForwardBatch, kv_cache: list[KVCache]) -> ForwardResult:
+        """Return logits_RV (fp32) of the wanted rows, their statistics, and final hidden states."""
         assert self._programs is not None, "allocate_kv_cache comes first"
-        layers, head = self._programs
+        head = self._programs.head
         selected = batch.logit_rows_R.to(torch.int32)
         rows = _native_batch(batch, selected[:0])
+        layers = self._programs.plain if rows.lora_slot is None else self._programs.adapted
+        assert layers is not None, "the batch has adapters, and there are no slots"
         layers.run(self._pool, rows)
+        hidden_QH = self._final_hidden(batch.hidden_rows)
         if selected.numel() <= _HEAD_ROWS:
-            return self._run_head(head, rows, selected)
+            return ForwardResult(*self._run_head(head, rows, selected), hidden_QH)
         parts = torch.split(selected, _HEAD_ROWS)
         runs = [
             (logits_RV.clone(), stats)
@@ -130,7 +156,16 @@ class NativeDecoder:
                 self._run_head(head, rows, part.contiguous()) for part in parts
             )
         ]
-        return torch.cat([logits_RV for logits_RV, _ in runs]), _joined([run[1] for run in runs])
+        logits_RV = torch.cat([logits_RV for logits_RV, _ in runs])
+        return ForwardResult(logits_RV, _joined([run[1] for run in runs]), hidden_QH)
+
+    def _final_hidden(self, rows: tuple[int, ...]) -> Tensor:
+        """Final-normed hidden states, row by row, so that company cannot change their bits."""
+        if not rows:
+            return self._buffers.hidden_TH[:0]
+        size, weight_H = (self.spec.hidden_size,), self._weights.final_norm_H
+        hidden_TH, eps = self._buffers.hidden_TH, self.spec.norm_eps
+        return torch.stack([F.rms_norm(hidden_TH[row], size, weight_H, eps) for row in rows])
 
     def _run_head(self, head: Program, rows: Batch, selected: Tensor) -> tuple[Tensor, RowStats]:
         buffers, num_rows = self._buffers, selected.numel()
@@ -143,43 +178,95 @@ class NativeDecoder:
         )
         return buffers.logits_RV[:num_rows], stats
 
-    def _layers_program(self, caches: list[KVCache]) -> Program:
-        spec, weights, buffers = self.spec, self._weights, self._buffers
+    def _layers_program(self, caches: list[KVCache], adapters: NativeAdapters | None) -> Program:
         builder = ProgramBuilder(self._library, max_rows=self._max_rows, max_selected=_HEAD_ROWS)
-        builder.embed(weights.embedding, buffers.hidden_TH)
-        for layer, cache in zip(weights.layers, caches, strict=True):
-            builder.norm(buffers.hidden_TH, layer.input_norm_H, spec.norm_eps, out=buffers.input_TH)
-            builder.linear(buffers.input_TH, layer.qkv, buffers.qkv, bias_N=layer.qkv_bias)
-            builder.rope_kv(
-                buffers.qkv,
-                cache,
-                q_heads=spec.num_heads,
-                rope=weights.rope,
-                q_norm_D=layer.q_norm_D,
-                k_norm_D=layer.k_norm_D,
-                eps=spec.norm_eps,
-            )
-            builder.attention(
-                buffers.qkv,
-                cache,
-                buffers.attended,
-                q_heads=spec.num_heads,
-                max_positions=spec.context_tokens,
-                scale=spec.attention_scale,
-            )
-            builder.quantize(buffers.attended, buffers.attended_q)
-            builder.linear(
-                buffers.attended_q,
-                layer.output,
-                buffers.hidden_TH,
-                bias_N=layer.output_bias,
-                accumulate=True,
-            )
-            builder.norm(buffers.hidden_TH, layer.mlp_norm_H, spec.norm_eps, out=buffers.input_TH)
-            builder.linear(buffers.input_TH, layer.gate_up, buffers.gate_up)
-            builder.activation(buffers.gate_up, out=buffers.activated_TF)
-            builder.linear(buffers.activated_TF, layer.down, buffers.hidden_TH, accumulate=True)
+        builder.embed(self._weights.embedding, self._buffers.hidden_TH)
+        for idx, layer in enumerate(self._weights.layers):
+            self._add_attention(builder, layer, caches[idx], adapters, idx)
+            self._add_mlp(builder, layer, adapters, idx)
         return builder.build()
+
+    def _add_attention(
+        self,
+        builder: ProgramBuilder,
+        layer: NativeLayer,
+        cache: KVCache,
+        adapters: NativeAdapters | None,
+        idx: int,
+    ) -> None:
+        spec, buffers = self.spec, self._buffers
+        self._add_input_norm(builder, layer.input_norm_H, adapters)
+        if adapters is not None:
+            adapters.shrink(builder, adapters.input_TH, adapters.layers[idx].qkv)
+        builder.linear(buffers.input_TH, layer.qkv, buffers.qkv, bias_N=layer.qkv_bias)
+        if adapters is not None:
+            adapters.expand(builder, adapters.layers[idx].qkv, buffers.qkv)
+        builder.rope_kv(
+            buffers.qkv,
+            cache,
+            q_heads=spec.num_heads,
+            rope=self._weights.rope,
+            q_norm_D=layer.q_norm_D,
+            k_norm_D=layer.k_norm_D,
+            eps=spec.norm_eps,
+        )
+        builder.attention(
+            buffers.qkv,
+            cache,
+            buffers.attended,
+            q_heads=spec.num_heads,
+            max_positions=spec.context_tokens,
+            scale=spec.attention_scale,
+        )
+        builder.quantize(buffers.attended, buffers.attended_q)
+        if adapters is not None:
+            adapters.shrink(builder, buffers.attended, adapters.layers[idx].output)
+        builder.linear(
+            buffers.attended_q,
+            layer.output,
+            buffers.hidden_TH,
+            bias_N=layer.output_bias,
+            accumulate=True,
+        )
+        if adapters is not None:
+            adapters.expand(builder, adapters.layers[idx].output, buffers.hidden_TH)
+
+    def _add_mlp(
+        self,
+        builder: ProgramBuilder,
+        layer: NativeLayer,
+        adapters: NativeAdapters | None,
+        idx: int,
+    ) -> None:
+        buffers = self._buffers
+        self._add_input_norm(builder, layer.mlp_norm_H, adapters)
+        if adapters is not None:
+            adapters.shrink(builder, adapters.input_TH, adapters.layers[idx].gate_up)
+        builder.linear(buffers.input_TH, layer.gate_up, buffers.gate_up)
+        if adapters is not None:
+            adapters.expand(builder, adapters.layers[idx].gate_up, buffers.gate_up)
+        builder.activation(
+            buffers.gate_up,
+            out=buffers.activated_TF,
+            out_fp32_TF=None if adapters is None else adapters.activated_TF,
+        )
+        if adapters is not None:
+            adapters.shrink(builder, adapters.activated_TF, adapters.layers[idx].down)
+        builder.linear(buffers.activated_TF, layer.down, buffers.hidden_TH, accumulate=True)
+        if adapters is not None:
+            adapters.expand(builder, adapters.layers[idx].down, buffers.hidden_TH)
+
+    def _add_input_norm(
+        self, builder: ProgramBuilder, weight_H: Tensor, adapters: NativeAdapters | None
+    ) -> None:
+        buffers = self._buffers
+        builder.norm(
+            buffers.hidden_TH,
+            weight_H,
+            self.spec.norm_eps,
+            out=buffers.input_TH,
+            out_fp32_TH=None if adapters is None else adapters.input_TH,
+        )
 
     def _head_program(self) -> Program:
         spec, weights, buffers = self.spec, self._weights, self._buffers
@@ -195,6 +282,15 @@ class NativeDecoder:
         builder.linear(buffers.selected_q, weights.head, buffers.logits_RV, selected=True)
         builder.argmax_lse(buffers.logits_RV, buffers.argmax_R, buffers.max_R, buffers.lse_R)
         return builder.build()
+
+
+@dataclass(frozen=True, slots=True)
+class _Programs:
+    """The layers without and with adapters, and the head."""
+
+    plain: Program
+    adapted: Program | None
+    head: Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,26 +341,22 @@ def _joined(parts: list[RowStats]) -> RowStats:
 
 
 def _native_batch(batch: ForwardBatch, selected: Tensor) -> Batch:
-    starts = torch.tensor(batch.query_starts)
-    sequence = torch.repeat_interleave(
-        torch.arange(len(batch.context_lens), dtype=torch.int32), starts.diff()
-    )
+    lengths = torch.tensor(batch.query_starts).diff()
+    slots = batch.adapter_slots
     return Batch(
         token_ids=batch.token_ids_T.to(torch.int32),
         positions=batch.positions_T.to(torch.int32),
-        sequence=sequence,
+        sequence=_per_row(range(len(lengths)), lengths),
         block_tables=batch.block_tables_SN,
         slot_mapping=batch.slot_mapping_T,
         selected_rows=selected,
+        lora_slot=None if slots is None else _per_row(slots, lengths),
     )
+
+
+def _per_row(values: Sequence[int], lengths: Tensor) -> Tensor:
+    return torch.repeat_interleave(torch.tensor(values, dtype=torch.int32), lengths)
 
 
 def _with_selected(rows: Batch, selected: Tensor) -> Batch:
-    return Batch(
-        token_ids=rows.token_ids,
-        positions=rows.positions,
-        sequence=rows.sequence,
-        block_tables=rows.block_tables,
-        slot_mapping=rows.slot_mapping,
-        selected_rows=selected,
-    )
+    return replace(rows, selected_rows=selected)

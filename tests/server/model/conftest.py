@@ -113,7 +113,7 @@ class Stepper:
             context_lens=tuple(self.lengths[name] for name in chunks),
             logit_rows_R=torch.arange(len(token_ids)),
         )
-        logits, _ = self.decoder.forward(batch, self.cache)
+        logits = self.decoder.forward(batch, self.cache).logits_RV
         return {
             name: logits[start:end]
             for name, start, end in zip(chunks, starts, starts[1:], strict=False)

@@ -56,7 +56,7 @@ def _batch(chunks: list[tuple[list[int], int, list[int]]], logit_rows: list[int]
 def _all_logits(decoder, ids: list[int]) -> Tensor:
     cache = decoder.allocate_kv_cache(16, BLOCK)
     batch = _batch([(ids, 0, list(range(12)))], list(range(len(ids))))
-    return decoder.forward(batch, cache)[0].clone()
+    return decoder.forward(batch, cache).logits_RV.clone()
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,8 @@ def test_statistics_belong_to_the_rows_beyond_the_head_buffer(
     decoder = _load(tiny_model_dir, "int4")
     cache = decoder.allocate_kv_cache(16, BLOCK)
     batch = _batch([(ids, 0, list(range(12)))], list(range(150)))
-    logits_RV, stats = decoder.forward(batch, cache)
+    result = decoder.forward(batch, cache)
+    logits_RV, stats = result.logits_RV, result.stats
     assert logits_RV.shape == (150, 288)
     assert stats is not None
     assert stats.argmax_R.tolist() == logits_RV.argmax(1).tolist()
@@ -104,7 +105,7 @@ def test_a_rows_logits_are_the_same_bits_however_its_sequence_is_cut_and_in_comp
         chunk = (ids[done : done + size], done, ours)
         company = (ids[::-1][done : done + size], done, theirs)
         rows = list(range(size, 2 * size))
-        logits_RV, _ = decoder.forward(_batch([company, chunk], rows), cache)
+        logits_RV = decoder.forward(_batch([company, chunk], rows), cache).logits_RV
         assert torch.equal(logits_RV, whole_TV[done : done + size])
         done += size
     assert done == len(ids)
@@ -115,11 +116,11 @@ def test_a_copied_block_reads_as_its_source(tiny_model_dir: Path, ids: list[int]
     cache = decoder.allocate_kv_cache(8, BLOCK)
     prompt = ids[:20]
     decoder.forward(_batch([(prompt, 0, [0, 1])], []), cache)
-    expected_RV, _ = decoder.forward(_batch([([7], 20, [0, 1])], [0]), cache)
+    expected_RV = decoder.forward(_batch([([7], 20, [0, 1])], [0]), cache).logits_RV
     expected_RV = expected_RV.clone()
     decoder.copy_blocks(cache, [(1, 5)])
     decoder.forward(_batch([([9], 20, [0, 1])], []), cache)
-    logits_RV, _ = decoder.forward(_batch([([7], 20, [0, 5])], [0]), cache)
+    logits_RV = decoder.forward(_batch([([7], 20, [0, 5])], [0]), cache).logits_RV
     assert torch.equal(logits_RV, expected_RV)
 
 

@@ -99,8 +99,8 @@ def test_only_the_wanted_rows_get_logits(llama_dir: Path, load, stepper, random_
 
     def last_row_only(batch, cache):
         rows = batch.logit_rows_R
-        seen.append(forward(replace(batch, logit_rows_R=rows[:0]), cache)[0])
-        seen.append(forward(replace(batch, logit_rows_R=rows[-1:]), cache)[0])
+        seen.append(forward(replace(batch, logit_rows_R=rows[:0]), cache).logits_RV)
+        seen.append(forward(replace(batch, logit_rows_R=rows[-1:]), cache).logits_RV)
         return forward(batch, cache)
 
     runner.decoder.forward = last_row_only

@@ -53,10 +53,12 @@ enum hk_kind {
   /* H | - | x_TH fp32 | y_RH fp32 */
   HK_GATHER_ROWS = 8,
   /* K, max_rank, segments, slots, bf16 (0 or 1) | - | x_TK fp32,
-   * A_[slots, segments, max_rank/16, K/2, 16, 2] (fp32: [.., K/2, 2, 16]), ranks_[slots] int32 | h_[T, segments, max_rank] fp32 */
+   * A_[slots, segments * max_rank * K], a slot being [segments, ceil(rank/16), K/2, 16, 2] (fp32: [.., K/2, 2, 16]) at
+   * its start, ranks_[slots] int32 | h_[T, segments, max_rank] fp32 */
   HK_LORA_SHRINK = 9,
   /* N, max_rank, segments, slots, bf16, end of segment 0..3 | - | h,
-   * B_[slots, N/16, max_rank/2, 16, 2] (fp32: [.., 2, 16]), ranks_[slots] int32, scale_[slots] fp32 | y_TN fp32 (added to) */
+   * B_[slots, N * max_rank], a slot being [N/16, ceil(rank/16) * 8, 16, 2] (fp32: [.., 2, 16]) at its start,
+   * ranks_[slots] int32, scale_[slots] fp32 | y_TN fp32 (added to) */
   HK_LORA_EXPAND = 10,
   /* V | - | logits_RV fp32 | argmax_R int32 (-1: the row holds a NaN), max_R fp32, lse_R fp32 */
   HK_ARGMAX_LSE = 11,

@@ -1,9 +1,10 @@
 // Low-rank adapters, many in one batch: h = A_s x, then y += scale_s * B_s h. Rows of one slot share
 // loads; each row's sums run in one order whatever the group.
 //
-// A is [slots, segments, max_rank/16, K/2, 16 ranks, 2] and B [slots, N/16, max_rank/2, 16 outputs,
-// 2] for bf16; for fp32 the last two axes are swapped. So one pair of inputs (or ranks) is one load
-// or two, neighbours in memory are used one after the other, and no sum runs across lanes.
+// A slot of A is [segments, tiles, K/2, 16 ranks, 2] and one of B [N/16, tiles * 8, 16 outputs, 2]
+// for bf16, where tiles is the slot's rank in sixteenths, rounded up; for fp32 the last two axes are
+// swapped. Slots are as far apart as max_rank needs. So one pair of inputs (or ranks) is one load or
+// two, neighbours in memory are used one after the other, and no sum runs across lanes.
 namespace hk {
 namespace {
 
@@ -38,6 +39,8 @@ inline void sum_pairs(const void *base, size_t first_pair, int pairs, const floa
   }
 }
 
+inline int rank_tiles(int rank) { return (rank + kRankTile - 1) / kRankTile; }
+
 template <bool kBf16, int R>
 void shrink_rows(const Call &call, const int32_t *rows, int slot, int segment, int rank) {
   const hk_op &op = *call.op;
@@ -45,8 +48,9 @@ void shrink_rows(const Call &call, const int32_t *rows, int slot, int segment, i
   const float *x[R];
   for (int r = 0; r < R; ++r) x[r] = (const float *)op.inputs[0] + (size_t)rows[r] * k;
   vf sum[R][kRankTile / W];
-  const size_t tile = ((size_t)slot * segments + segment) * (max_rank / kRankTile);
-  sum_pairs<kBf16, R>(op.inputs[1], (tile + rank / kRankTile) * (k / 2), k / 2, x, sum);
+  const int tiles = rank_tiles(((const int32_t *)op.inputs[2])[slot]);
+  const size_t tile = (size_t)slot * segments * (max_rank / kRankTile) + segment * tiles + rank / kRankTile;
+  sum_pairs<kBf16, R>(op.inputs[1], tile * (k / 2), k / 2, x, sum);
   for (int r = 0; r < R; ++r) {
     float *h = (float *)op.outputs[0] + ((size_t)rows[r] * segments + segment) * max_rank + rank;
     for (int v = 0; v < kRankTile / W; ++v) store(h + v * W, sum[r][v]);
@@ -57,7 +61,9 @@ template <bool kBf16, int R>
 void expand_rows(const Call &call, const int32_t *rows, int slot, int column, int column_end) {
   const hk_op &op = *call.op;
   const int n = op.dims[0], max_rank = op.dims[1], segments = op.dims[2];
-  const int pairs = (((const int32_t *)op.inputs[2])[slot] + 1) / 2;
+  const int slot_rank = ((const int32_t *)op.inputs[2])[slot], pairs = (slot_rank + 1) / 2;
+  const size_t slot_start = (size_t)slot * (n / kTile) * (max_rank / 2);
+  const int tile_pairs = rank_tiles(slot_rank) * kRankTile / 2;
   const vf scale = splat(((const float *)op.inputs[3])[slot]);
   int segment = 0;
   for (; column < column_end; column += kTile) {
@@ -67,8 +73,8 @@ void expand_rows(const Call &call, const int32_t *rows, int slot, int column, in
       h[r] = (const float *)op.inputs[0] + ((size_t)rows[r] * segments + segment) * max_rank;
     }
     vf sum[R][kTile / W];
-    const size_t tile = (size_t)slot * (n / kTile) + column / kTile;
-    sum_pairs<kBf16, R>(op.inputs[1], tile * (max_rank / 2), pairs, h, sum);
+    const size_t first_pair = slot_start + (size_t)(column / kTile) * tile_pairs;
+    sum_pairs<kBf16, R>(op.inputs[1], first_pair, pairs, h, sum);
     for (int r = 0; r < R; ++r) {
       float *y = (float *)op.outputs[0] + (size_t)rows[r] * n + column;
       for (int v = 0; v < kTile / W; ++v) store(y + v * W, fma(scale, sum[r][v], load(y + v * W)));
