@@ -100,8 +100,9 @@ def cli_page() -> str:
     """Return the page of commands."""
     lines = [
         *_opening("Commands"),
-        "Two programs: `heedful` talks to a server, `heedful-server` is one. `heedful serve`,",
-        "`heedful model` and `heedful keys` become `heedful-server` with the same arguments.",
+        "`heedful` talks to a server, `heedful-server` is one, `heedful-trainer` works on refreshes.",
+        "`heedful serve`, `model`, `keys` and `migrate-base` become `heedful-server` with the same",
+        "arguments, `heedful train` becomes `heedful-trainer`.",
         "",
         EXIT_CODES_HELP,
         "",
@@ -229,6 +230,8 @@ def _walk(words: tuple[str, ...], command: Any) -> Iterator[tuple[tuple[str, ...
     if not isinstance(command, typer.core.TyperGroup):
         yield words, command
         return
+    if command.invoke_without_command:
+        yield words, command
     for name, inner in sorted(command.commands.items()):
         yield from _walk((*words, name), inner)
 

@@ -83,6 +83,8 @@ def test_the_list_of_commands():
         "model",
         "keys",
         "migrate-base",
+        "up",
+        "demo",
         "erase",
         "chat",
         "generate",

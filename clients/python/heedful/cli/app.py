@@ -11,6 +11,7 @@ import typer
 from heedful.cli.bench import bench
 from heedful.cli.chat import chat
 from heedful.cli.connection import ENVIRONMENT_HELP
+from heedful.cli.demo import demo
 from heedful.cli.erase import erase
 from heedful.cli.feedback import build_feedback
 from heedful.cli.gate import build_gate
@@ -21,6 +22,7 @@ from heedful.cli.programs import PASS_THROUGH, keys, migrate_base, model, serve,
 from heedful.cli.refresh import build_refresh
 from heedful.cli.status import status
 from heedful.cli.text import detokenize, score, tokenize
+from heedful.cli.up import up
 
 EXIT_CODES_HELP = (
     "Exit codes: 0 done; 1 the request failed (status: not ready; bench: some request failed); "
@@ -74,7 +76,19 @@ def build_app() -> typer.Typer:
         ("gate", build_gate()),
     ):
         app.add_typer(group, name=name)
-    for command in (erase, chat, generate, status, score, tokenize, detokenize, bench, version):
+    for command in (
+        up,
+        demo,
+        erase,
+        chat,
+        generate,
+        status,
+        score,
+        tokenize,
+        detokenize,
+        bench,
+        version,
+    ):
         app.command()(command)
     return app
 

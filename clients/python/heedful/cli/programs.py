@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,10 +93,17 @@ def needed_program(program: Program, command: str) -> Path:
     return path
 
 
-def run_program(path: Path, arguments: Sequence[str]) -> None:
-    """Runs a program that shares our terminal; where it fails, this one ends with its code."""
+def run_program(
+    path: Path, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+) -> None:
+    """Runs a program in our terminal, on standard error; where it fails, we end with its code.
+
+    `environment` is the whole of what it gets, None for ours.
+    """
     sys.stdout.flush()
-    done = subprocess.run([str(path), *arguments], check=False)
+    done = subprocess.run(
+        [str(path), *arguments], stdout=sys.stderr.fileno(), env=environment, check=False
+    )
     if done.returncode:
         raise typer.Exit(done.returncode if done.returncode > 0 else int(ExitCode.FAILED))
 

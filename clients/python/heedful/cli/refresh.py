@@ -191,7 +191,7 @@ def settings(given: list[str] | tuple[()], mode: ModeChoice | None) -> dict[str,
             raise typer.BadParameter(f"--set takes KEY=VALUE, not {text}")
         found[key.strip()] = value.strip()
     if mode is not None:
-        found["mode"] = mode.value
+        found["gate.mode"] = mode.value
     return found
 
 

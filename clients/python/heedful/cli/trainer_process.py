@@ -77,9 +77,22 @@ def start(run_id: str, target: str, home: Path | None, config: Path | None) -> W
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
+            env=environment(),
             start_new_session=True,
         )
     return Worker(process, log)
+
+
+def environment() -> dict[str, str]:
+    """Returns our environment with the key and the certificate where the trainer looks for them."""
+    given = dict(os.environ)
+    for ours, its in (
+        ("HEEDFUL_API_KEY", "HEEDFUL_TRAINER__API_KEY"),
+        ("HEEDFUL_TLS_CA", "HEEDFUL_TRAINER__TLS_CA"),
+    ):
+        if given.get(ours):
+            given.setdefault(its, given[ours])
+    return given
 
 
 def places(home: Path | None, config: Path | None) -> Sequence[str]:
