@@ -1,4 +1,6 @@
-"""Fixtures for the kernels' tests: the native library per instruction set, and one-op programs."""
+"""Fixtures for the kernels' tests: where Triton kernels run, the native library per instruction
+set, and one-op programs.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from heedful_kernels import launch
 from heedful_kernels.cpu import (
     Batch,
     NativeKernelError,
@@ -16,6 +19,34 @@ from heedful_kernels.cpu import (
 )
 from heedful_kernels.cpu.build import build, find_compiler
 from heedful_kernels.cpu.native import ISAS
+
+NATIVE = torch.cuda.is_available() and not launch.INTERPRETED
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.get_closest_marker("triton") is None:
+        return
+    # Lanes that a mask leaves out compute with whatever is there, and numpy says so.
+    item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
+    if NATIVE:
+        item.add_marker("gpu")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Triton decides when a kernel is defined whether it is interpreted: test_interpreter.py runs
+    # these in a process of their own, so that nothing else is computed by the interpreter.
+    if NATIVE or launch.INTERPRETED:
+        return
+    away = [item for item in items if item.get_closest_marker("triton")]
+    if away:
+        config.hook.pytest_deselected(items=away)
+        items[:] = [item for item in items if not item.get_closest_marker("triton")]
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where Triton kernels run in this process: a GPU, or the CPU under the interpreter."""
+    return torch.device("cuda" if NATIVE else "cpu")
 
 
 class CpuHarness:
