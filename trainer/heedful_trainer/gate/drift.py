@@ -2,7 +2,8 @@
 
 Owns each measure's definition and comparison; limits come from `DriftSettings`. A limit is a
 tolerance on the average found, shown with its interval, and lies about three standard errors from
-"no change" at 48 prompts; these checks protect, they prove no benefit. Pure functions of sampled answers, any thread.
+"no change" at 48 prompts; these checks protect, they prove no benefit. Pure
+functions of sampled answers, any thread.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any
 
 import heedful
 
+from heedful_trainer.errors import InvalidConfig
 from heedful_trainer.gate.sampler import Answer
 from heedful_trainer.gate.types import Check
 
@@ -22,7 +23,7 @@ _RULES = ("contains", "not_contains", "regex")
 _KEYS = {"prompt", "messages", "max_tokens", *_RULES}
 
 
-class MustPassError(ValueError):
+class MustPassError(InvalidConfig):
     """A line of the must-pass file is not what it should be."""
 
 

@@ -1,0 +1,1 @@
+"""Simulated raters with stated tastes, always labelled as simulated, to watch the loop at work."""
