@@ -49,6 +49,17 @@ def device() -> torch.device:
     return torch.device("cuda" if NATIVE else "cpu")
 
 
+@pytest.fixture(scope="session")
+def roundoff() -> Callable[[torch.dtype], float]:
+    """The largest relative error of rounding fp32 to a dtype; the interpreter truncates to bf16."""
+
+    def of(dtype: torch.dtype) -> float:
+        truncates = launch.INTERPRETED and dtype == torch.bfloat16
+        return torch.finfo(dtype).eps / (1 if truncates else 2)
+
+    return of
+
+
 class CpuHarness:
     """Runs programs of a few ops on one instruction set, on one thread or two."""
 
