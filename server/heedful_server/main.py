@@ -6,9 +6,11 @@ where the server cannot start, 2 for a command line or a configuration that is w
 """
 
 import asyncio
+import enum
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +24,8 @@ from heedful_server import catalogue
 from heedful_server.config import ServerConfig, load_config, to_toml
 from heedful_server.engine_client.client import EngineClient
 from heedful_server.errors import EngineUnavailable, HeedfulServerError, InvalidConfig
-from heedful_server.feedback import token_keys
+from heedful_server.feedback import migration_command, token_keys
+from heedful_server.feedback.migrating import NewBase
 from heedful_server.identity import LOCAL_CALLER
 from heedful_server.logging_setup import configure_logging
 from heedful_server.model_sources import Progress
@@ -50,6 +53,14 @@ _LOADING_POLL_S = 0.1
 _EXIT_CANNOT_START = 1
 _EXIT_USAGE = 2
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Dtype(enum.StrEnum):
+    """Float types that weights are written in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
 
 ConfigFile = Annotated[
     Path | None,
@@ -142,6 +153,42 @@ def model_verify(
     typer.echo(f"{name}: whole")
 
 
+@model_app.command("dequantize")
+def model_dequantize(
+    out: Annotated[Path, typer.Option(help="Directory to write.", metavar="DIR")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Pulled model, Hugging Face id or directory.")
+    ] = None,
+    quantize: Annotated[str | None, typer.Option(help="Form of the weights.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Form of what is written.")] = Dtype.FLOAT32,
+    config_file: ConfigFile = None,
+    settings: Settings = None,
+    home: Home = None,
+) -> None:
+    """Write the weights that are served as a Hugging Face directory, for training on them."""
+    config = _load(
+        config_file,
+        settings,
+        {"home": home, "model.name_or_path": model, "model.quantize": quantize},
+    )
+    name = config.model.name_or_path
+    with StartupReport() as report:
+        resolved = catalogue.resolve(name, config.home_dir, _bytes_progress(report, name))
+    engine = config.engine_config(resolved.path)
+    arguments = {
+        "--model-dir": engine.model_dir,
+        "--quantize": engine.quantize,
+        "--device": engine.device,
+        "--native-kernels": str(int(engine.native_kernels)),
+        "--out": str(out),
+        "--dtype": dtype.value,
+    }
+    # A program of its own, because this one imports no torch.
+    command = [sys.executable, "-P", "-m", "heedful_server.model.export"]
+    command += [word for pair in arguments.items() for word in pair]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
 @tokens_app.command("rotate")
 def tokens_rotate(
     config_file: ConfigFile = None, settings: Settings = None, home: Home = None
@@ -206,6 +253,31 @@ def keys_revoke(
     key = key_commands.revoke(_load(config_file, settings, {"home": home}), key_id)
     done = json.dumps(key_commands.as_json(key)) if as_json else f"key {key.key_id} is revoked"
     typer.echo(done)
+
+
+@app.command("migrate-base")
+def migrate_base(
+    to: Annotated[str, typer.Option("--to", help="The new base: name, id or directory.")],
+    tenant: Annotated[str, typer.Option(help="Whose feedback.")] = LOCAL_CALLER.tenant,
+    project: Annotated[str | None, typer.Option(help="Only this project. Default: all.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count, write nothing.")] = False,
+    config_file: ConfigFile = None,
+    settings: Settings = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Carry feedback to a new base model: the same texts as that model's tokens.
+
+    The next refresh under the new base learns from the copies; the old base keeps the originals.
+    Safe to repeat: what was said since is added, what was taken back is taken back there too.
+    """
+    config = _load(config_file, settings, {"home": home})
+    with StartupReport() as report:
+        resolved = catalogue.resolve(to, config.home_dir, _bytes_progress(report, to))
+    model = load_text(resolved.name, resolved.path)
+    base = NewBase(model.base_id, model.tokenizer, model.template)
+    done = migration_command.run(config, base, tenant, project, dry_run)
+    typer.echo(migration_command.text(done, base.base_id, dry_run, as_json))
 
 
 @config_app.command("show")

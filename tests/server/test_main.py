@@ -37,7 +37,14 @@ def test_importing_the_program_pulls_in_no_model_code(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    [["serve"], ["model", "pull"], ["model", "list"], ["model", "verify"], ["config", "show"]],
+    [
+        ["serve"],
+        ["model", "pull"],
+        ["model", "list"],
+        ["model", "verify"],
+        ["model", "dequantize"],
+        ["config", "show"],
+    ],
 )
 def test_every_command_explains_itself(command):
     result = CliRunner().invoke(app, [*command, "--help"])

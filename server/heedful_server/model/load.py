@@ -1,12 +1,13 @@
 """Picks the decoder that serves a model fastest on this machine: native CPU kernels, or torch.
 
 Owns that choice and says when the fast path was not taken and why. Runs once, in the engine child's
-main thread, after the thread count is set.
+main thread, after the thread count is set, and in tools that need to know what would be served.
 """
 
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import structlog
 import torch
@@ -26,7 +27,8 @@ log = structlog.get_logger(__name__)
 
 Progress = Callable[[str, float], None]
 
-_FLOAT_KINDS: dict[str, BlockKind] = {"auto": "q4_1", "int4": "q4_1", "int8": "q8_0"}
+# What float linears become on the native path, by `quantize`.
+NATIVE_FLOAT_KINDS: Final[dict[str, BlockKind]] = {"auto": "q4_1", "int4": "q4_1", "int8": "q8_0"}
 
 
 def load_best_decoder(config: EngineConfig, progress: Progress) -> Decoder:
@@ -38,7 +40,7 @@ def load_best_decoder(config: EngineConfig, progress: Progress) -> Decoder:
     model_dir = Path(config.model_dir)
     spec = read_spec(model_dir)
     device = _device(config.device)
-    reason = _why_not_native(config, model_dir, spec, device)
+    reason = why_not_native(config, spec)
     if reason is None:
         return _load_native(config, model_dir, spec, progress)
     if device == "cpu":
@@ -54,14 +56,14 @@ def _device(wanted: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _why_not_native(
-    config: EngineConfig, model_dir: Path, spec: DecoderSpec, device: str
-) -> str | None:
+def why_not_native(config: EngineConfig, spec: DecoderSpec) -> str | None:
+    """Why a model is not served by the native CPU kernels; None when it is."""
+    model_dir, device = Path(config.model_dir), _device(config.device)
     if device != "cpu":
         return "device"
     if not config.native_kernels:
         return "disabled"
-    if config.quantize not in _FLOAT_KINDS:
+    if config.quantize not in NATIVE_FLOAT_KINDS:
         return "weights"
     if config.quantize == "auto" and find_gguf(model_dir) is None:
         return "weights"
@@ -75,7 +77,7 @@ def _load_native(
 ) -> NativeDecoder:
     library = cpu.load()
     assert library is not None, "find_library() found one"
-    float_kind = _FLOAT_KINDS[config.quantize]
+    float_kind = NATIVE_FLOAT_KINDS[config.quantize]
     weights = pack_weights(model_dir, spec, float_kind, progress)
     return NativeDecoder(
         spec,

@@ -1,4 +1,4 @@
-"""Loads a model directory into a `TorchDecoder`, and gives its served weights back in float form.
+"""Loads a model directory into a `TorchDecoder`.
 
 Owns the meaning of `quantize`: which weights become blocks, and in what dtype the rest is computed.
 Reads weight by weight and keeps at most one layer beside what is loaded already. Knows nothing of
@@ -26,7 +26,7 @@ from heedful_server.model.embedding import EmbeddingTable
 from heedful_server.model.errors import BadCheckpoint, UnsupportedModel
 from heedful_server.model.families import read_spec
 from heedful_server.model.linear import DenseLinear, Linear, make_linear
-from heedful_server.model.names import merge, stored_tensors
+from heedful_server.model.names import stored_tensors
 from heedful_server.model.norm import Norm
 from heedful_server.model.rope import to_neighbours
 from heedful_server.model.spec import DecoderSpec
@@ -146,29 +146,6 @@ def served_weights(model_dir: Path, spec: DecoderSpec, mode: WeightMode) -> Iter
     """The weights of a directory in the form that the mode serves; errors as `load_decoder`."""
     for weight in iterate_weights(model_dir, spec):
         yield _served(weight, mode)
-
-
-def dequantized_state_dict(
-    model_dir: Path, quantize: str = "auto", dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """The served weights under Hugging Face names, as the family's causal model loads them.
-
-    Blocks are expanded exactly. The torch path rounds scales to bf16 on top (see `linear.py`);
-    native kernels do not. Errors as `load_decoder`.
-    """
-    spec = read_spec(model_dir)
-    is_gguf = find_gguf(model_dir) is not None
-    mode = resolve_mode(quantize, is_gguf=is_gguf, device=torch.device("cpu"))
-    waiting: dict[str, Tensor] = {}
-    state = {}
-    stored_of = {name: stored for stored in stored_tensors(spec) for name in stored.names}
-    for weight in served_weights(model_dir, spec, mode):
-        waiting[weight.name] = weight.dequantize().to(dtype)
-        stored = stored_of[weight.name]
-        if all(name in waiting for name in stored.names):
-            parts = [waiting.pop(name) for name in stored.names]
-            state[stored.hf_name] = merge(stored, parts, spec).clone()
-    return state
 
 
 def _served(weight: NamedWeight, mode: WeightMode) -> NamedWeight:

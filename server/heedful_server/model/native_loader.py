@@ -5,8 +5,9 @@ repacked as they are, float weights are quantized to the asked form. Knows nothi
 steps. Runs while loading, in the engine child's main thread.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import torch
 from heedful_kernels.cpu import Arena, PackedWeight, RopeTable, pack_q4_1, pack_q8_0, packed_bytes
@@ -22,6 +23,8 @@ Progress = Callable[[str, float], None]
 
 _LLAMA_LIKE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _GROUP = 32
+# The form of embedding and head: their rounding goes straight to the logits.
+TABLE_KIND: Final[BlockKind] = "q8_0"
 
 
 def is_native_spec(spec: DecoderSpec) -> bool:
@@ -93,8 +96,8 @@ class _Packer:
     def model(self, outer: Mapping[str, NamedWeight], layers: list[NativeLayer]) -> NativeWeights:
         spec = self._spec
         assert spec.rope is not None
-        embedding = self._pack("q8_0", [outer["embed"]])
-        head = embedding if spec.tied_embeddings else self._pack("q8_0", [outer["head"]])
+        embedding = self._pack(TABLE_KIND, [outer["embed"]])
+        head = embedding if spec.tied_embeddings else self._pack(TABLE_KIND, [outer["head"]])
         cos, sin = rope_table(spec.rope, spec.context_tokens)
         return NativeWeights(
             embedding=embedding,
@@ -106,12 +109,10 @@ class _Packer:
         )
 
     def _linear(self, parts: list[NamedWeight]) -> PackedWeight:
-        kinds = {part.kind for part in parts if part.kind != "dense"}
-        # Parts of different forms are fused in the finer one, which loses next to nothing.
-        return self._pack(max(kinds, default=self._float_kind), parts)
+        return self._pack(fused_kind(parts, self._float_kind), parts)
 
     def _pack(self, kind: BlockKind, parts: list[NamedWeight]) -> PackedWeight:
-        blocks = torch.cat([_blocks(kind, part) for part in parts])
+        blocks = torch.cat([as_blocks(kind, part) for part in parts])
         n, k = sum(part.shape[0] for part in parts), parts[0].shape[1]
         pack = pack_q4_1 if kind == "q4_1" else pack_q8_0
         packed = pack(blocks.flatten(), n, k, arena=self._arena)
@@ -119,7 +120,15 @@ class _Packer:
         return packed
 
 
-def _blocks(kind: BlockKind, weight: NamedWeight) -> Tensor:
+def fused_kind(parts: Sequence[NamedWeight], float_kind: BlockKind) -> BlockKind:
+    """The form of a linear made of several weights, float ones becoming float_kind."""
+    kinds = {part.kind for part in parts if part.kind != "dense"}
+    # Parts of different forms are fused in the finer one, which loses next to nothing.
+    return max(kinds, default=float_kind)
+
+
+def as_blocks(kind: BlockKind, weight: NamedWeight) -> Tensor:
+    """A weight's blocks in a form: as they are, or quantized to it."""
     return weight.data if weight.kind == kind else quantize_blocks(kind, weight.dequantize())
 
 

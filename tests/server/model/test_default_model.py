@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from heedful_server.model.loader import dequantized_state_dict
+from heedful_server.model.dequantize import dequantized_state_dict
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from heedful_server.model.blocks import dequantize_blocks
+from heedful_server.model.dequantize import dequantized_state_dict
 from heedful_server.model.errors import BadCheckpoint, UnsupportedModel
 from heedful_server.model.families import read_spec
 from heedful_server.model.gguf_file import read_gguf
-from heedful_server.model.loader import dequantized_state_dict
 from heedful_server.model.weights import iterate_weights
 from safetensors.torch import load_file, save_file
 

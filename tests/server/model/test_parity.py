@@ -132,7 +132,7 @@ def test_a_nan_in_one_sequence_stays_there(
 
 
 def test_served_weights_go_back_to_transformers_names(family_dir: Path) -> None:
-    from heedful_server.model.loader import dequantized_state_dict
+    from heedful_server.model.dequantize import dequantized_state_dict
     from safetensors.torch import load_file
 
     stored = load_file(family_dir / "model.safetensors")

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from heedful_server.model.dequantize import dequantized_state_dict
 from heedful_server.model.errors import UnsupportedModel
-from heedful_server.model.loader import dequantized_state_dict, resolve_mode
+from heedful_server.model.loader import resolve_mode
 from safetensors.torch import load_file
 
 CPU = torch.device("cpu")
