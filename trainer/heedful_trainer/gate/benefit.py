@@ -117,9 +117,11 @@ def length_controlled(
         return short
     ours, theirs = (math.fsum(values) for values in zip(*lengths, strict=True))
     ratio = ours / max(1.0, theirs)
-    value, error = at_equal_length(outcomes, lengths)
+    value, low, high = at_equal_length(outcomes, lengths)
     longer = ratio > _LONGER_FROM
-    verdict: Verdict = "pass" if not longer or value > 0.5 else "fail"
+    verdict: Verdict = "pass"
+    if longer and low <= 0.5:
+        verdict = "fail" if high < 0.5 else "inconclusive"
     asked = "its answers are longer" if longer else "shown only: its answers are not longer"
     return Check(
         name,
@@ -127,8 +129,9 @@ def length_controlled(
         value=value,
         limit=0.5,
         n=len(outcomes),
-        interval=(value - 1.96 * error, value + 1.96 * error),
+        interval=(low, high),
         detail=f"outcome regressed on the difference in length, {ratio:.2f} times; {asked}",
+        proves_benefit=longer,
     )
 
 
