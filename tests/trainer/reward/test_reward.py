@@ -1,0 +1,169 @@
+"""The reward model on the tiny base: it learns, says how well, and comes back from its files."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from heedful_store import Failpoints, adapter_files
+from heedful_trainer.backbone import Backbone
+from heedful_trainer.checkpoint import CheckpointStore
+from heedful_trainer.config import TrainerConfig
+from heedful_trainer.config_sources import with_overrides
+from heedful_trainer.dataset.examples import Answer, Example
+from heedful_trainer.errors import NotEnoughFeedback
+from heedful_trainer.methods.hooks import NoHooks
+from heedful_trainer.methods.policy import parts
+from heedful_trainer.packing import Row
+from heedful_trainer.reward.model import load_reward_model
+from heedful_trainer.reward.report import report_on_reward
+from heedful_trainer.reward.training import RewardObjective, RewardResult, train_reward
+
+EOS = 258
+
+
+def train(
+    backbone: Backbone, examples: list[Example], config: TrainerConfig, directory: Path
+) -> RewardResult:
+    return train_reward(
+        backbone, parts(examples), config, CheckpointStore(directory), NoHooks(), Failpoints()
+    )
+
+
+def test_it_learns_pairs_and_reports_beside_the_length_baseline(
+    backbone: Backbone, config: TrainerConfig, make_pairs: Any, tmp_path: Path
+) -> None:
+    examples = make_pairs(150)
+    result = train(backbone, examples, config, tmp_path)
+    report = report_on_reward(result.model, parts(examples)["gate"])
+    assert report["accuracy"]["n"] == 30
+    assert report["accuracy"]["value"] > 0.85 > report["length_only_accuracy"]
+    assert report["by_source"]["comparison"] == report["accuracy"]
+    assert sum(bucket["n"] for bucket in report["by_length"].values()) == 30
+    assert -1 <= report["head_error_correlation"] <= 1
+    assert result.calibration_pairs == 15
+    assert report["temperature"] != 1.0
+    assert set(report["calibration"]) == {
+        "n",
+        "ece_before",
+        "ece_after",
+        "debiased_ece_before",
+        "debiased_ece_after",
+    }
+
+
+def test_saved_and_loaded_it_gives_the_same_scores(
+    backbone: Backbone, config: TrainerConfig, make_pairs: Any, tmp_path: Path
+) -> None:
+    model = train(backbone, make_pairs(40), config, tmp_path / "c").model
+    rows = [Row((5, 6), ((40, 41, EOS), (90, EOS))), Row((9,), ((1, 2, 3),))]
+    before, temperature = model.score(rows), model.heads.temperature
+    directory = tmp_path / "reward"
+    directory.mkdir()
+    model.save(directory, "tiny")
+    assert (directory / adapter_files.HEADS).is_file()
+    backbone.adapter.reset(123)
+    loaded = load_reward_model(backbone, directory)
+    assert torch.equal(loaded.score(rows), before)
+    assert loaded.heads.temperature == pytest.approx(temperature)
+
+
+def test_rankings_with_ties_thumbs_and_corrections_in_one_objective(
+    backbone: Backbone, config: TrainerConfig, make_pairs: Any, tmp_path: Path
+) -> None:
+    rng = random.Random(0)
+    examples = make_pairs(40)
+    more: list[Example] = []
+    for i, example in enumerate(examples[:12]):
+        liked = Answer((40, rng.randint(1, 200), 40, EOS))
+        answers = (*example.answers, liked)
+        more.append(replace(example, seq=100 + i, answers=answers, ranks=(1, 1, 0)))
+        more.append(
+            replace(example, seq=200 + i, kind="thumb", ranks=(), answers=(liked,), up=True)
+        )
+        disliked = Answer((90, 90, EOS))
+        more.append(
+            replace(
+                example,
+                seq=300 + i,
+                kind="correction",
+                ranks=(),
+                answers=(disliked,),
+                corrected=(40, 40, EOS),
+                edit_distance=0.5,
+            )
+        )
+    result = train(backbone, [*examples, *more], config, tmp_path)
+    assert result.log_nu is not None
+    report = report_on_reward(result.model, parts([*examples, *more])["train"])
+    assert report["ties"] == 8  # those of the training part
+    assert set(report["by_source"]) == {"comparison", "correction"}
+    assert report["accuracy_without_corrections"]["n"] < report["accuracy"]["n"]
+
+
+def test_demonstrations_have_mean_reward_zero(
+    backbone: Backbone, config: TrainerConfig, make_pairs: Any, tmp_path: Path
+) -> None:
+    examples = make_pairs(40)
+    shown = [
+        replace(e, seq=500 + i, kind="demonstration", answers=(), ranks=(), corrected=(40, 7, EOS))
+        for i, e in enumerate(examples[:10])
+    ]
+    model = train(backbone, [*examples, *shown], config, tmp_path).model
+    rows = [Row(e.prompt, ((40, 7, EOS),)) for e in shown if e.split == "train"]
+    assert model.score(rows).mean(0).abs().max() < 1e-4
+
+
+def test_k_answers_cost_at_most_k_forwards(
+    backbone: Backbone, config: TrainerConfig, tmp_path: Path
+) -> None:
+    answers = tuple(Answer((i, i, EOS)) for i in range(1, 8))
+    ranking = Example(
+        seq=1,
+        kind="ranking",
+        split="train",
+        cluster="c",
+        prompt=(5,),
+        answers=answers,
+        ranks=tuple(range(7)),
+    )
+    result = train(backbone, [ranking], config, tmp_path)
+    (group,) = parts([ranking])["train"]
+    objective = RewardObjective(result.model, config.reward, [group], [], seed=0)
+    # One prompt and seven answers of three tokens, for 21 pairs.
+    assert objective.sizes == [1 + 7 * 3]
+
+
+def test_all_bad_alone_lowers_every_answer(
+    backbone: Backbone, config: TrainerConfig, make_pairs: Any
+) -> None:
+    from heedful_trainer.reward.model import Heads, RewardModel
+
+    bad = [replace(e, ranks=(0, 0), all_bad=True) for e in make_pairs(4, split="train")]
+    heads = Heads(2, backbone.hidden_size)
+    heads.reset(0)
+    backbone.adapter.reset(0)
+    model = RewardModel(backbone, heads)
+    objective = RewardObjective(model, config.reward, parts(bad)["train"], [], seed=0)
+    loss, _ = objective.loss([0, 1, 2, 3])
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert heads.bias.grad is not None
+    assert (heads.bias.grad > 0).all()
+
+
+def test_too_few_judgements_are_refused(
+    backbone: Backbone, config: TrainerConfig, make_pairs: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(NotEnoughFeedback, match="a reward model: 3 of 8"):
+        train(backbone, make_pairs(3, split="train"), config, tmp_path)
+
+
+def test_without_calibration_pairs_the_temperature_stays_one(
+    backbone: Backbone, config: TrainerConfig, make_pairs: Any, tmp_path: Path
+) -> None:
+    quick = with_overrides(config, {"reward.epochs": "1"})
+    result = train(backbone, make_pairs(20, split="train"), quick, tmp_path)
+    assert result.calibration_pairs == 0
+    assert result.model.heads.temperature == 1.0

@@ -1,0 +1,1 @@
+"""Methods that train a policy, and the one loop that they and the reward model share."""

@@ -1,0 +1,215 @@
+"""DPO on rankings and pairs: which pairs a batch holds, and their loss.
+
+Owns the objective. The guard against never ending: where the preferred answer was cut at its length
+and the other one ended, the other's end token is left out of its log-prob, so that nothing is
+learned against ending. One thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from heedful_trainer import losses
+from heedful_trainer.config import DpoSettings
+from heedful_trainer.dataset.builders import Group, Pair, pairs_of
+from heedful_trainer.methods.scores import PolicyScorer, Scores
+from heedful_trainer.packing import Row
+
+_EVALUATED_ROWS = 8  # at once
+
+
+@dataclass(frozen=True, slots=True)
+class _Example:
+    row: Row
+    pairs: tuple[Pair, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PairScores:
+    """Log-probs of P pairs under policy and reference, as the loss takes them."""
+
+    first_P: Tensor
+    second_P: Tensor
+    reference_first_P: Tensor
+    reference_second_P: Tensor
+
+    @property
+    def margin_P(self) -> Tensor:  # noqa: N802 - carries its shape
+        """How much more than the reference the policy prefers the first, in nats."""
+        return losses.dpo_margin(
+            self.first_P, self.second_P, self.reference_first_P, self.reference_second_P
+        )
+
+
+class DpoObjective:
+    """Direct preference optimisation."""
+
+    def __init__(
+        self,
+        scorer: PolicyScorer,
+        parameters: Mapping[str, nn.Parameter],
+        settings: DpoSettings,
+        train: Sequence[Group],
+        validation: Sequence[Group],
+    ) -> None:
+        self._scorer, self._settings = scorer, settings
+        self._parameters = dict(parameters)
+        self._train = _examples(train, settings)
+        self._validation = _examples(validation, settings)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each row."""
+        return [example.row.num_tokens for example in self._train]
+
+    @property
+    def rows(self) -> list[Row]:
+        """Every row that will be computed."""
+        return [example.row for example in (*self._train, *self._validation)]
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return the adapter."""
+        return self._parameters
+
+    def begin_step(self, batch: Sequence[int]) -> None:
+        """Nothing depends on the whole batch."""
+
+    def loss(self, examples: Sequence[int]) -> tuple[Tensor, Mapping[str, float]]:
+        """Return the sum of the rows' losses."""
+        chosen = [self._train[i] for i in examples]
+        rows = [example.row for example in chosen]
+        policy, reference = self._scorer.policy(rows), self._scorer.reference(rows)
+        pairs = _placed(chosen)
+        scores = pair_scores(
+            policy, reference, pairs, length_normalised=self._settings.length_normalised
+        )
+        loss = self._pair_loss(scores.margin_P, pairs)
+        if self._settings.sft_weight:
+            loss = loss + self._settings.sft_weight * _negative_loglikelihood(policy, pairs)
+        return loss, _figures(scores.margin_P.detach(), pairs, self._settings.beta, len(rows))
+
+    def evaluate(self) -> Mapping[str, float]:
+        """Return loss, accuracy and log-likelihoods on the validation part."""
+        total, weight, figures = 0.0, 0.0, dict[str, float]()
+        with torch.no_grad():
+            for start in range(0, len(self._validation), _EVALUATED_ROWS):
+                part = self._validation[start : start + _EVALUATED_ROWS]
+                rows = [example.row for example in part]
+                policy, reference = self._scorer.policy(rows), self._scorer.reference(rows)
+                pairs = _placed(part)
+                scores = pair_scores(policy, reference, pairs, length_normalised=False)
+                total += float(self._pair_loss(scores.margin_P, pairs))
+                weight += sum(pair.weight for pair in pairs)
+                for name, value in _evaluation(policy, reference, scores, pairs).items():
+                    figures[name] = figures.get(name, 0.0) + value
+        return _as_means(figures, total / weight) if weight else {}
+
+    def _pair_loss(self, margin_P: Tensor, pairs: Sequence[Pair]) -> Tensor:
+        loss_P = losses.dpo_loss(
+            margin_P,
+            beta=self._settings.beta,
+            target_B=_column(pairs, "target"),
+            label_smoothing=self._settings.label_smoothing,
+        )
+        return (loss_P * _column(pairs, "weight")).sum()
+
+
+def pair_scores(
+    policy: Scores, reference: Scores, pairs: Sequence[Pair], *, length_normalised: bool
+) -> PairScores:
+    """Return the log-probs of pairs, with the guard on end tokens; optionally for each token."""
+    first, second = _index(pairs, "first"), _index(pairs, "second")
+    decided = _column(pairs, "target") > 0.5
+    # Preferred but cut, against one that ended: the end must not be what is disliked.
+    unfair = decided & ~policy.ended_A[first] & policy.ended_A[second]
+
+    def both(scores: Scores) -> tuple[Tensor, Tensor]:
+        a = scores.total_A[first]
+        b = torch.where(unfair, scores.body_A[second], scores.total_A[second])
+        if length_normalised:
+            a, b = a / scores.length_A[first], b / scores.length_A[second]
+        return a, b
+
+    (a, b), (reference_a, reference_b) = both(policy), both(reference)
+    return PairScores(a, b, reference_a, reference_b)
+
+
+def _examples(groups: Sequence[Group], settings: DpoSettings) -> list[_Example]:
+    found = ((group.row, tuple(pairs_of(group, settings))) for group in groups)
+    return [_Example(row, pairs) for row, pairs in found if pairs]
+
+
+def _placed(examples: Sequence[_Example]) -> list[Pair]:
+    """Return the pairs of several rows, numbered as their answers are when packed together."""
+    pairs: list[Pair] = []
+    start = 0
+    for example in examples:
+        pairs += [
+            Pair(start + pair.first, start + pair.second, pair.target, pair.weight)
+            for pair in example.pairs
+        ]
+        start += len(example.row.answers)
+    return pairs
+
+
+def _negative_loglikelihood(policy: Scores, pairs: Sequence[Pair]) -> Tensor:
+    preferred = [pair for pair in pairs if pair.target > 0.5]
+    first = _index(preferred, "first")
+    each = -policy.total_A[first] / policy.length_A[first]
+    return (each * _column(preferred, "weight")).sum()
+
+
+def _figures(
+    margin_P: Tensor, pairs: Sequence[Pair], beta: float, num_rows: int
+) -> dict[str, float]:
+    """Return means over the decided pairs, times the rows: the loop divides by its rows."""
+    decided = [i for i, pair in enumerate(pairs) if pair.target != 0.5]
+    if not decided:
+        return {}
+    margins = margin_P[decided]
+    return {
+        "accuracy": float((margins > 0).float().mean()) * num_rows,
+        "reward_margin": float(beta * margins.mean()) * num_rows,
+    }
+
+
+def _evaluation(
+    policy: Scores, reference: Scores, scores: PairScores, pairs: Sequence[Pair]
+) -> dict[str, float]:
+    decided = [i for i, pair in enumerate(pairs) if pair.target != 0.5]
+    won = scores.margin_P[decided]
+    preferred = _index([pairs[i] for i in decided], "first")
+    other = _index([pairs[i] for i in decided], "second")
+    tokens = float(policy.length_A[preferred].sum())
+    return {
+        "n": float(len(decided)),
+        "accuracy": float((won > 0).sum() + 0.5 * (won == 0).sum()),
+        "margin_nats": float(won.sum()),
+        "chosen_logratio": float((policy.total_A - reference.total_A)[preferred].sum()),
+        "rejected_logratio": float((policy.total_A - reference.total_A)[other].sum()),
+        "lm_tokens": tokens,
+        "lm_loss": -float(policy.total_A[preferred].sum()),
+        "lm_loss_reference": -float(reference.total_A[preferred].sum()),
+    }
+
+
+def _as_means(sums: Mapping[str, float], loss: float) -> dict[str, float]:
+    n, tokens = max(sums["n"], 1.0), max(sums["lm_tokens"], 1.0)
+    means = {"loss": loss, "n": sums["n"]}
+    for name in ("accuracy", "margin_nats", "chosen_logratio", "rejected_logratio"):
+        means[name] = sums[name] / n
+    for name in ("lm_loss", "lm_loss_reference"):
+        means[name] = sums[name] / tokens
+    return means
+
+
+def _index(pairs: Sequence[Pair], end: str) -> Tensor:
+    return torch.tensor([p.first if end == "first" else p.second for p in pairs], dtype=torch.long)
+
+
+def _column(pairs: Sequence[Pair], name: str) -> Tensor:
+    return torch.tensor([p.target if name == "target" else p.weight for p in pairs])

@@ -1,0 +1,1 @@
+"""The reward model: trained from scratch in every run, with its report."""
