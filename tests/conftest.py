@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,3 +86,34 @@ def default_model_dir() -> Path:
     if not (path / "config.json").is_file():
         pytest.skip("the default model is not in the local cache (make model)")
     return path
+
+
+@pytest.fixture(scope="session")
+def save_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Save a random adapter of a model as PEFT does; with heads it is a reward model's."""
+
+    def save(model_dir: Path, *, seed: int = 0, heads: int = 0, **options: Any) -> Path:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from safetensors.torch import save_file
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | options
+        adapted = get_peft_model(model, LoraConfig(**options))
+        torch.manual_seed(100 + seed)
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.15)
+        directory = tmp_path_factory.mktemp(f"adapter-{seed}")
+        adapted.save_pretrained(directory)
+        if heads:
+            width = model.get_output_embeddings().weight.shape[1]
+            tensors = {"weight": torch.randn(heads, width), "bias": torch.randn(heads)}
+            save_file(
+                tensors | {"temperature": torch.tensor([2.0])},
+                directory / "reward_heads.safetensors",
+            )
+        return directory
+
+    return save

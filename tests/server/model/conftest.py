@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from heedful_kernels import cpu
 from heedful_server.model.batch import ForwardBatch
-from heedful_server.model.decoder import TorchDecoder
+from heedful_server.model.decoder import Decoder, TorchDecoder
 from heedful_server.model.loader import load_decoder
 from torch import Tensor
 
@@ -77,14 +78,21 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
 class Stepper:
     """Runs chunks of sequences through a decoder over scattered blocks, one call a step."""
 
-    def __init__(self, decoder: TorchDecoder, num_blocks: int = 64, block_size: int = 4) -> None:
+    def __init__(self, decoder: Decoder, num_blocks: int = 64, block_size: int = 4) -> None:
         self.decoder = decoder
         self.block_size = block_size
         self.cache = decoder.allocate_kv_cache(num_blocks, block_size)
         # Whatever nobody wrote must not matter, so it is far from harmless.
-        self.cache.data.fill_(300.0)
+        for data in (
+            [self.cache.data] if isinstance(decoder, TorchDecoder) else _tensors(self.cache)
+        ):
+            data.fill_(300.0)
         generator = torch.Generator().manual_seed(7)
         self._free = torch.randperm(num_blocks, generator=generator).tolist()
+        self.adapters: dict[str, int] = {}
+        """Adapter slots of sequences that have one."""
+        self.hidden: dict[str, Tensor] = {}
+        """Final hidden states of the last rows of the latest step."""
         self.tables: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}
 
@@ -112,8 +120,14 @@ class Stepper:
             query_starts=tuple(starts),
             context_lens=tuple(self.lengths[name] for name in chunks),
             logit_rows_R=torch.arange(len(token_ids)),
+            hidden_rows=tuple(end - 1 for end in starts[1:]),
+            adapter_slots=tuple(self.adapters.get(name, -1) for name in chunks)
+            if self.adapters
+            else None,
         )
-        logits = self.decoder.forward(batch, self.cache).logits_RV
+        result = self.decoder.forward(batch, self.cache)
+        logits = result.logits_RV.clone()
+        self.hidden = dict(zip(chunks, result.hidden_QH.clone(), strict=True))
         return {
             name: logits[start:end]
             for name, start, end in zip(chunks, starts, starts[1:], strict=False)
@@ -129,6 +143,10 @@ class Stepper:
                 answers[name].append(int(rows[-1].argmax()))
             chunks = {name: answer[-1:] for name, answer in answers.items()}
         return answers
+
+
+def _tensors(caches: list[cpu.KVCache]) -> list[Tensor]:
+    return [tensor for cache in caches for tensor in (cache.keys, cache.values)]
 
 
 @pytest.fixture
