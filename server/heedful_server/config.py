@@ -1,7 +1,7 @@
 """The server's configuration: one typed tree and where its values come from.
 
-Owns names, defaults, ranges and descriptions of every setting, and the order of the sources:
-command line, then environment (`HEEDFUL_GRPC__PORT=1`), then `heedful.toml`, then the defaults.
+Owns the tree of the groups that ``setting_groups`` describes, and the order of the sources: command
+line, then environment (`HEEDFUL_GRPC__PORT=1`), then `heedful.toml`, then the defaults.
 It reads the file and the mapping that it is given, starts nothing and knows nothing of sockets,
 models or gRPC. Runs in the server process, once.
 """
@@ -13,17 +13,31 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from heedful_server.errors import InvalidConfig
 from heedful_server.protocol import EngineConfig
+from heedful_server.setting_groups import (
+    AuthSettings,
+    DeploymentSettings,
+    EngineSettings,
+    FeedbackSettings,
+    GrpcSettings,
+    HttpSettings,
+    LimitSettings,
+    LogSettings,
+    ModelSettings,
+    QuotaSettings,
+    SettingGroup,
+    TlsSettings,
+)
 
 ENV_PREFIX = "HEEDFUL_"
 DEFAULT_FILE = Path("heedful.toml")
 # Variables of the client, the kernels and the tests share the prefix but are not settings.
-_FOREIGN_ENV_PREFIXES = ("HEEDFUL_TEST_", "HEEDFUL_CPU_", "HEEDFUL_CLIENT_")
+_FOREIGN_ENV_PREFIXES = ("HEEDFUL_TEST_", "HEEDFUL_CPU_", "HEEDFUL_CLIENT_", "HEEDFUL_TRAINER__")
 _FOREIGN_ENV = frozenset(
     {
         "HEEDFUL_API_KEY",
@@ -35,216 +49,13 @@ _FOREIGN_ENV = frozenset(
         "HEEDFUL_TOKEN",
     }
 )
+# The trainer reads its own table of the same file, and its own variables.
+_FOREIGN_TABLES = frozenset({"trainer"})
 # In postgresql://user:PASSWORD@host and in ?password=PASSWORD.
 _PASSWORD = re.compile(r"(://[^:/@]*:).*(?=@)|([?&]password=)[^&#]*")
 
-Port = Annotated[int, Field(ge=0, le=65535)]
-PositiveInt = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-
-class _Group(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelSettings(_Group):
-    """Which model is served."""
-
-    name_or_path: str = Field(
-        default="SmolLM2-135M-Instruct",
-        description="Name of a pulled model, Hugging Face id, or directory.",
-    )
-    quantize: str = Field(
-        default="auto",
-        description="Form of the weights: auto, float64, float32, bfloat16, int8, int4 or nf4.",
-    )
-
-
-class GrpcSettings(_Group):
-    """The gRPC port."""
-
-    host: str = Field(default="127.0.0.1", description="Address to listen on.")
-    port: Port = Field(default=50051, description="Port to listen on; 0 takes a free one.")
-    max_message_bytes: PositiveInt = Field(
-        default=4 * 1024 * 1024, description="Longest request message that is read, in bytes."
-    )
-    write_timeout_s: PositiveSeconds = Field(
-        default=60.0,
-        description="A stream whose reader blocks it for so many seconds is cancelled.",
-    )
-    reflection: bool = Field(
-        default=True, description="Whether the contract can be read from the port, without a key."
-    )
-
-
-class HttpSettings(_Group):
-    """The HTTP port: metrics and health."""
-
-    enabled: bool = Field(default=True, description="Whether the HTTP port is opened.")
-    host: str = Field(default="127.0.0.1", description="Address to listen on.")
-    port: Port = Field(default=8080, description="Port to listen on; 0 takes a free one.")
-
-
-class EngineSettings(_Group):
-    """The engine process."""
-
-    device: str = Field(
-        default="auto", description='Where the model runs: "auto", "cpu" or "cuda".'
-    )
-    threads: int = Field(default=0, ge=0, description="Compute threads; 0 uses every core.")
-    kv_cache_bytes: int = Field(
-        default=0,
-        ge=0,
-        description="Memory for keys and values, in bytes; 0 takes a share of what is free.",
-    )
-    max_model_len: int = Field(
-        default=0,
-        ge=0,
-        description="Most tokens of prompt and completion together; 0 is the model's own.",
-    )
-    max_sequences: PositiveInt = Field(default=64, description="Most sequences that run at once.")
-    max_batch_tokens: PositiveInt = Field(
-        default=512, description="Most tokens computed in one step."
-    )
-    block_size: PositiveInt = Field(default=16, description="Tokens in one KV block.")
-    prefix_cache: bool = Field(
-        default=True, description="Whether prompts that begin alike share KV blocks."
-    )
-    native_kernels: bool = Field(
-        default=True, description="Whether native CPU kernels may be used."
-    )
-    max_queue: int = Field(
-        default=256,
-        ge=0,
-        description="Most sequences that wait beyond max_sequences; more are refused.",
-    )
-    heartbeat_timeout_s: PositiveSeconds = Field(
-        default=10.0, description="An engine silent for so many seconds is reported as not ready."
-    )
-    hang_timeout_s: PositiveSeconds = Field(
-        default=120.0,
-        description="An engine silent for so many seconds is killed and started again.",
-    )
-
-
-class LimitSettings(_Group):
-    """What one request may ask for, beside the limits that the contract itself names."""
-
-    max_prompt_bytes: PositiveInt = Field(
-        default=1024 * 1024, description="Longest prompt as text, in bytes of UTF-8."
-    )
-    max_messages: PositiveInt = Field(
-        default=1024, description="Most messages of one conversation."
-    )
-    max_detokenize_tokens: PositiveInt = Field(
-        default=262_144, description="Most token ids of one Detokenize call."
-    )
-
-
-class FeedbackSettings(_Group):
-    """The log of answers and of what people say about them."""
-
-    store_url: str = Field(
-        default="",
-        description="sqlite:///FILE or postgresql://…; empty: heedful.db in the home directory.",
-    )
-    profile: Literal["auto", "personal", "team", "public"] = Field(
-        default="auto",
-        description='Who the raters are; "auto" is "personal" on loopback and "team" elsewhere.',
-    )
-    consent_log: Literal["auto", "none", "metadata", "full"] = Field(
-        default="auto",
-        description="Most that is kept of an answer, which a request can only narrow; "
-        '"auto" is "full" with the profile personal and "metadata" otherwise.',
-    )
-    consent_train: Literal["auto", "no", "yes"] = Field(
-        default="auto",
-        description="Whether answers may be trained on, which a request can only narrow; "
-        '"auto" is "yes" with the profile personal and "no" otherwise.',
-    )
-    retention_days: int = Field(
-        default=0,
-        ge=0,
-        description="Days after which the content of unrated answers is removed; 0 keeps it.",
-    )
-    disk_watermark_bytes: int = Field(
-        default=512 * 1024 * 1024,
-        ge=0,
-        description="With less free space answers are no longer logged, so that feedback "
-        "still is; 0 turns the check off.",
-    )
-    reserve_bytes: int = Field(
-        default=64 * 1024 * 1024,
-        ge=0,
-        description="With less free space feedback is refused too; 0 turns the check off.",
-    )
-    log_timeout_s: PositiveSeconds = Field(
-        default=1.0,
-        description="Longest that the end of an answer waits for its log entry; an answer "
-        "whose entry is late cannot be rated.",
-    )
-    token_days: PositiveInt = Field(
-        default=90, description="Days for which a completion token is accepted."
-    )
-
-
-class TlsSettings(_Group):
-    """Encryption of both ports."""
-
-    cert_file: str = Field(
-        default="",
-        description="PEM file of the server's certificate with its chain; empty: no encryption.",
-    )
-    key_file: str = Field(default="", description="PEM file of the certificate's private key.")
-    client_ca_file: str = Field(
-        default="",
-        description="PEM file of the authorities whose clients may connect to the gRPC port; "
-        "empty: clients need no certificate.",
-    )
-
-
-class AuthSettings(_Group):
-    """Who may call."""
-
-    mode: Literal["auto", "none", "keys"] = Field(
-        default="auto",
-        description='"keys": every call needs an API key; "none": none does; "auto": keys beyond '
-        "loopback unless insecure is set, and everywhere once a key was made.",
-    )
-
-
-class QuotaSettings(_Group):
-    """How much each tenant may ask for; 0 sets no limit."""
-
-    requests_per_s: Rate = Field(
-        default=0.0, description="Generations, scorings and the like a second; 0: no limit."
-    )
-    tokens_per_s: Rate = Field(
-        default=0.0,
-        description="Tokens a second, of prompts and completions; max_tokens counts until the "
-        "completion has ended. 0: no limit.",
-    )
-    feedback_per_s: Rate = Field(
-        default=0.0, description="Judgements a second, imported ones too; 0: no limit."
-    )
-    burst_s: PositiveSeconds = Field(
-        default=10.0, description="Seconds for which an unused quota is saved up."
-    )
-
-
-class LogSettings(_Group):
-    """Logging to standard error."""
-
-    level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="Least severe level that is logged."
-    )
-    format: Literal["auto", "console", "json"] = Field(
-        default="auto", description='"auto" is "console" on a terminal and "json" elsewhere.'
-    )
-
-
-class ServerConfig(_Group):
+class ServerConfig(SettingGroup):
     """Everything that can be set."""
 
     home: Path = Field(
@@ -272,6 +83,7 @@ class ServerConfig(_Group):
     tls: TlsSettings = TlsSettings()
     auth: AuthSettings = AuthSettings()
     quota: QuotaSettings = QuotaSettings()
+    deployment: DeploymentSettings = DeploymentSettings()
     log: LogSettings = LogSettings()
 
     @property
@@ -337,6 +149,8 @@ class ServerConfig(_Group):
             max_batch_tokens=engine.max_batch_tokens,
             prefix_cache=engine.prefix_cache,
             native_kernels=engine.native_kernels,
+            max_adapters=self.deployment.max_adapters,
+            max_adapter_rank=self.deployment.max_adapter_rank,
             log_level=self.log.level,
         )
 
@@ -408,6 +222,7 @@ def _read_file(file: Path | None) -> dict[str, Any]:
         raise InvalidConfig(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidConfig(f"{path}: {error}") from None
+    tree = {name: value for name, value in tree.items() if name not in _FOREIGN_TABLES}
     for dotted in _leaves(tree):
         _require_known(dotted, str(path))
     return tree

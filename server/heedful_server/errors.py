@@ -11,7 +11,6 @@ HeedfulServerError
 │   ├── ModelNotLoaded       the version exists but does not serve
 │   ├── PreconditionFailed   the state of the server or of the thing does not allow it
 │   │   └── NotRateable      the answer was not logged
-│   ├── NotImplementedYet    part of the contract that this server does not serve
 │   ├── QueueFull            too much in flight (.retry_after_s)
 │   │   └── QuotaExceeded    more than the tenant may ask for
 │   ├── DeadlineExceeded     the caller's deadline passed before there was an answer
@@ -67,10 +66,6 @@ class PreconditionFailed(RequestError):
 
 class NotRateable(PreconditionFailed):
     """The answer was not logged, so nothing can be said about it."""
-
-
-class NotImplementedYet(RequestError):
-    """The contract names this, but this server does not serve it."""
 
 
 class QueueFull(RequestError):

@@ -28,11 +28,15 @@ class Caller:
     scopes: frozenset[str]
     project: str | None = None
 
-    def require(self, scope: str) -> None:
-        """Raise PermissionDenied unless the caller has the scope; "any" feedback includes "own"."""
-        includes_own = scope == FEEDBACK_OWN and FEEDBACK_ANY in self.scopes
-        if scope not in self.scopes and not includes_own:
-            raise PermissionDenied(f"this needs the scope {scope!r}")
+    def require(self, *scopes: str) -> None:
+        """Raise PermissionDenied unless the caller has one of the scopes.
+
+        "feedback:any" includes "feedback:own".
+        """
+        includes_own = FEEDBACK_OWN in scopes and FEEDBACK_ANY in self.scopes
+        if not includes_own and not self.scopes.intersection(scopes):
+            wanted = " or ".join(repr(scope) for scope in scopes)
+            raise PermissionDenied(f"this needs the scope {wanted}")
 
 
 # Without keys, on loopback, whoever can connect is the operator.

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from heedful_server.deployment.metrics import LoopMetrics
 from heedful_server.feedback.metrics import FeedbackMetrics
 from heedful_server.protocol import EngineInfo, EngineStats, Finish
 
@@ -32,6 +33,7 @@ class Metrics:
         self.engine = EngineMetrics()
         self.registry.register(self.engine)
         self.feedback = FeedbackMetrics(self.registry)
+        self.loop = LoopMetrics(self.registry)
         self._make_latency_metrics()
         self._make_size_metrics()
         self._make_rpc_metrics()
@@ -159,6 +161,7 @@ class EngineMetrics(Collector):
         yield _counter("heedful_prompt_tokens", "Prompt tokens processed.", total.prompt_tokens)
         yield _counter("heedful_generation_tokens", "Tokens sampled.", total.generation_tokens)
         yield self._fallbacks(total)
+        yield from self._adapters(total)
         yield self._model_info()
         yield from self._iteration_tokens.collect()
         yield from self._step_time.collect()
@@ -170,6 +173,24 @@ class EngineMetrics(Collector):
         for kernel, count in total.kernel_fallbacks.items():
             family.add_metric([kernel], count)
         return family
+
+    def _adapters(self, total: EngineStats) -> Iterator[Metric]:
+        yield _gauge("heedful_adapter_slots_used", "Adapters in slots.", self.stats.num_adapters)
+        requests = GaugeMetricFamily(
+            "heedful_lora_requests_info",
+            "Unfinished requests of each adapter that is loaded.",
+            labels=["adapter"],
+        )
+        for adapter_id, count in self.stats.adapter_requests.items():
+            requests.add_metric([adapter_id[:12]], count)
+        loads = CounterMetricFamily(
+            "heedful_adapter_loads", "Loads of adapters by outcome.", labels=["outcome"]
+        )
+        for outcome, count in total.adapter_loads.items():
+            loads.add_metric([outcome], count)
+        yield from (requests, loads)
+        seconds = total.adapter_load_s
+        yield _counter("heedful_adapter_load_seconds", "Time spent loading adapters.", seconds)
 
     def _model_info(self) -> GaugeMetricFamily:
         labels = ["base_model", "quantization", "kernel_path", "device"]
@@ -191,7 +212,6 @@ def _counter(name: str, text: str, value: float) -> CounterMetricFamily:
 
 def _add(past: EngineStats, now: EngineStats) -> EngineStats:
     """Return the counters of both; the other fields are left at zero."""
-    kernels = past.kernel_fallbacks.keys() | now.kernel_fallbacks.keys()
     return EngineStats(
         preemptions=past.preemptions + now.preemptions,
         prefix_cache_queries=past.prefix_cache_queries + now.prefix_cache_queries,
@@ -199,8 +219,11 @@ def _add(past: EngineStats, now: EngineStats) -> EngineStats:
         prompt_tokens=past.prompt_tokens + now.prompt_tokens,
         generation_tokens=past.generation_tokens + now.generation_tokens,
         steps=past.steps + now.steps,
-        kernel_fallbacks={
-            kernel: past.kernel_fallbacks.get(kernel, 0) + now.kernel_fallbacks.get(kernel, 0)
-            for kernel in sorted(kernels)
-        },
+        kernel_fallbacks=_add_each(past.kernel_fallbacks, now.kernel_fallbacks),
+        adapter_loads=_add_each(past.adapter_loads, now.adapter_loads),
+        adapter_load_s=past.adapter_load_s + now.adapter_load_s,
     )
+
+
+def _add_each(past: dict[str, int], now: dict[str, int]) -> dict[str, int]:
+    return {name: past.get(name, 0) + now.get(name, 0) for name in sorted(past.keys() | now.keys())}

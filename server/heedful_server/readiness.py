@@ -6,6 +6,8 @@ the server's event loop.
 """
 
 from heedful_server.engine_client.client import EngineClient, EngineState
+from heedful_server.errors import EngineUnavailable
+from heedful_server.protocol import EngineInfo
 
 
 class Readiness:
@@ -30,3 +32,10 @@ class Readiness:
         if age_s > self._heartbeat_timeout_s:
             return f"the engine has not reported for {age_s:.0f} s"
         return ""
+
+    def require(self) -> EngineInfo:
+        """Return what the engine serves; raise EngineUnavailable while it cannot generate."""
+        reason = self.reason()
+        if reason or self._engine.info is None:
+            raise EngineUnavailable(reason)
+        return self._engine.info

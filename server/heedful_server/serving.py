@@ -28,6 +28,7 @@ from heedful_proto.v1 import (
 from starlette.requests import Request
 
 from heedful_server.config import ServerConfig
+from heedful_server.deployment.parts import make_deployment
 from heedful_server.engine_client.client import EngineClient, EngineState
 from heedful_server.errors import StartupError
 from heedful_server.feedback.comparing import Comparing
@@ -35,17 +36,20 @@ from heedful_server.feedback.desk import FeedbackDesk
 from heedful_server.feedback.importing import Importer
 from heedful_server.feedback.opening import open_feedback
 from heedful_server.feedback.reading import FeedbackReader
+from heedful_server.feedback.uncertainty import Uncertainty
 from heedful_server.http.app import HttpServer, make_app
 from heedful_server.identity import ADMIN
 from heedful_server.metrics import Metrics
 from heedful_server.readiness import Readiness
 from heedful_server.rpc.admission import Admission
+from heedful_server.rpc.describing import Describer
 from heedful_server.rpc.feedback import FeedbackService
 from heedful_server.rpc.generator import Generator
 from heedful_server.rpc.health import HealthService
 from heedful_server.rpc.inference import InferenceService
 from heedful_server.rpc.interceptors import CallInterceptor
 from heedful_server.rpc.models import ModelService
+from heedful_server.rpc.scorer import Scorer
 from heedful_server.rpc.text_pool import TextPool
 from heedful_server.security.certificates import Certificates
 from heedful_server.security.keyring import Keyring
@@ -75,6 +79,11 @@ class ServedModel:
     path: Path
     tokenizer: Tokenizer
     template: ChatTemplate
+
+    @property
+    def base_id(self) -> str:
+        """Identity of model and tokenizer, as logged with every answer."""
+        return f"{self.name}@{self.tokenizer.identity[:16]}"
 
 
 def load_text(name: str, path: Path) -> ServedModel:
@@ -108,14 +117,34 @@ class Server:
         )
         self.readiness = Readiness(self.engine, config.engine.heartbeat_timeout_s)
         self._text = TextPool(model.tokenizer, model.template)
-        base_id = f"{model.name}@{model.tokenizer.identity[:16]}"
         self.feedback = open_feedback(
-            config, base_id, model.template.identity, self.metrics.feedback
+            config, model.base_id, model.template.identity, self.metrics.feedback
         )
         self._quotas = Quotas(config.quota, quota_clock)
+        self.deployment = make_deployment(
+            config,
+            self.feedback.store,
+            self.engine,
+            self.metrics.loop,
+            model.base_id,
+            model.template.identity,
+        )
+        self._admission = Admission(
+            config.engine.max_sequences + config.engine.max_queue,
+            on_change=self.metrics.sequences_in_flight.set,
+        )
         self._generator = self._make_generator(model)
+        self._scorer = Scorer(
+            self.engine,
+            self.readiness,
+            self._text,
+            self._admission,
+            self._quotas.tokens,
+            self.deployment.door,
+        )
         self._health = HealthService()
         self.keyring = Keyring(self.feedback.store, config.key_rule)
+        self.comparing = self._make_comparing()
         self._interceptor = CallInterceptor(
             self.metrics, self.keyring, self._quotas.requests, config.grpc.write_timeout_s
         )
@@ -142,7 +171,10 @@ class Server:
             self.http_address = _address(http_config.host, sock.getsockname()[1])
             self._http = self._make_http(sock)
             self._tasks.append(asyncio.create_task(self._http.run_until_stopped(), name="http"))
+        # Before the first request, which must not be answered by the wrong policy.
+        await self.deployment.directory.refresh()
         await self._grpc.start()
+        self._tasks.append(asyncio.create_task(self.deployment.keeper.run(), name="deployments"))
         self._tasks.append(asyncio.create_task(self._watch_health(), name="health"))
         self._tasks.append(asyncio.create_task(self.feedback.upkeep.run(), name="upkeep"))
         if self.certificates is not None:
@@ -180,18 +212,16 @@ class Server:
         self._update_health()
 
     def _make_generator(self, model: ServedModel) -> Generator:
-        engine = self._config.engine
         return Generator(
             engine=self.engine,
             readiness=self.readiness,
             text=self._text,
-            admission=Admission(
-                engine.max_sequences + engine.max_queue,
-                on_change=self.metrics.sequences_in_flight.set,
-            ),
+            admission=self._admission,
             metrics=self.metrics,
             log=self.feedback.log,
             quota=self._quotas.tokens,
+            door=self.deployment.door,
+            observations=self.deployment.observations,
             model_name=model.name,
         )
 
@@ -211,16 +241,24 @@ class Server:
         limits, interval_s = self._config.limits, self._config.stream_interval_s
         parts = self.feedback
         reader = FeedbackReader(parts.store, parts.tokens, self._config.profile)
-        inference = InferenceService(self._generator, self._text, reader, limits, interval_s)
+        inference = InferenceService(
+            self._generator, self._scorer, self._text, reader, limits, interval_s
+        )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
         feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(self._make_feedback(reader), server)
-        models = ModelService(self.engine, model.name)
+        models = self._make_models(model)
         models_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._config.grpc.reflection:
             names = (INFERENCE, FEEDBACK, MODELS, HEALTH, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
         return server
+
+    def _make_models(self, model: ServedModel) -> ModelService:
+        store, parts = self.feedback.store, self.deployment
+        quantize = self._config.model.quantize
+        describer = Describer(store, parts, self.engine, model.name, str(model.path), quantize)
+        return ModelService(store, parts, describer, self._admission, self.readiness)
 
     def _make_http(self, sock: socket.socket) -> HttpServer:
         async def admit(request: Request) -> None:
@@ -235,6 +273,14 @@ class Server:
         tls = self.certificates.http_context if self.certificates is not None else None
         return HttpServer(app, sock, tls)
 
+    def _make_comparing(self) -> Comparing:
+        parts, door = self.feedback, self.deployment.door
+        base_id = parts.settings.base_id
+        uncertainty = Uncertainty(parts.store, self._scorer, door, base_id)
+        return Comparing(
+            self._generator, parts.log, parts.store, parts.tokens, parts.recent, door, uncertainty
+        )
+
     def _make_feedback(self, reader: FeedbackReader) -> FeedbackService:
         parts, metrics = self.feedback, self.metrics.feedback
         store, tokens, recent = parts.store, parts.tokens, parts.recent
@@ -243,7 +289,7 @@ class Server:
             parts,
             FeedbackDesk(store, tokens, recent, metrics, self._config.profile),
             reader,
-            Comparing(self._generator, parts.log, store, tokens, recent),
+            self.comparing,
             Importer(store, self._text, metrics, settings.base_id, settings.template_hash),
             self._config.limits,
             self._quotas.feedback,
@@ -255,6 +301,7 @@ class Server:
         figures.info = self.engine.info
         figures.num_restarts = self.engine.num_restarts
         log.debug("engine state", state=state.value)
+        self.deployment.keeper.wake()
         if state is EngineState.READY and figures.num_restarts:
             log.info("engine serves again", num_restarts=figures.num_restarts)
         self._update_health()

@@ -10,7 +10,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -141,6 +141,7 @@ class CompletionLog:
             completion_id=answering.completion_ids[part.index],
             scope=answering.scope,
             policy_version=served.policy_version,
+            policy_hash=served.policy_hash,
             created_at_ms=now_ms(),
             end_user=origin.end_user,
             conversation_id=origin.conversation_id,
@@ -206,6 +207,10 @@ class LogEntry:
         self._open.remove(index)
         return await self._log.write(self._row(index, "cancelled"))
 
+    def keep_only(self, indices: Iterable[int]) -> None:
+        """Leave the other answers out of the log: they were never shown to anybody."""
+        self._open.intersection_update(indices)
+
     def cut(self, reason: CutReason) -> None:
         """Log what there is of the answers that will not end."""
         for index in sorted(self._open):
@@ -223,6 +228,8 @@ def _sampling(answering: Answering, part: Part, is_full: bool) -> Mapping[str, o
         for word in _WORDS:
             del values[word]
     constraint = answering.request.constraint
+    if answering.request.best_of:
+        values["best_of"] = answering.request.best_of
     values["constraint"] = constraint.kind if constraint else None
     values["duration_s"] = round(time.monotonic() - answering.received_at_s, 6)
     if part.finish is not None:

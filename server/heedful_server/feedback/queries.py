@@ -19,6 +19,9 @@ from heedful_store.schema import (
 )
 from sqlalchemy import ColumnElement, Connection, and_, exists, func, or_, select
 
+# How many of the oldest open questions are weighed against each other.
+MOST_QUESTIONS = 64
+
 
 def standings(connection: Connection, seqs: Sequence[int]) -> dict[int, Standing]:
     """Return of each event whether later ones took it back or replaced it."""
@@ -84,10 +87,10 @@ def blind(connection: Connection, scope: Scope, completion_ids: Iterable[str]) -
     return set(connection.scalars(query))
 
 
-def oldest_question(
-    connection: Connection, scope: Scope, end_user: str | None
-) -> tuple[str | None, int]:
-    """Return the oldest comparison without a vote that can still be shown, and how many there are;
+def open_questions(
+    connection: Connection, scope: Scope, end_user: str | None, limit: int = MOST_QUESTIONS
+) -> tuple[list[str], int]:
+    """Return the oldest comparisons without a vote that can still be shown, and how many there are;
     with `end_user` only those shown to that user, or to nobody in particular.
     """
     c = comparisons.c
@@ -115,10 +118,10 @@ def oldest_question(
         select(c.comparison_id)
         .where(*conditions)
         .order_by(c.created_at_ms, c.comparison_id)
-        .limit(1)
+        .limit(limit)
     )
     count = select(func.count()).select_from(comparisons).where(*conditions)
-    return connection.execute(oldest).scalar(), connection.execute(count).scalar_one()
+    return list(connection.scalars(oldest)), connection.execute(count).scalar_one()
 
 
 def trained_cursor(connection: Connection, scope: Scope) -> int:

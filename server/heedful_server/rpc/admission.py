@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 
 from heedful_server.errors import QueueFull
+from heedful_server.protocol import PRIORITY_BACKGROUND, PRIORITY_INTERACTIVE
 
 _RATE_WINDOW = 128
 _MIN_RETRY_S = 0.1
@@ -31,8 +32,9 @@ class Admission:
         self._clock = clock
         self._ended_at_s: deque[float] = deque(maxlen=_RATE_WINDOW)
         self.num_in_flight = 0
+        self.num_background = 0
 
-    def admit(self, num_sequences: int) -> None:
+    def admit(self, num_sequences: int, priority: int = PRIORITY_INTERACTIVE) -> None:
         """Count sequences as in flight.
 
         Raises:
@@ -46,14 +48,20 @@ class Admission:
                 self._retry_after_s(total - self._capacity),
             )
         self.num_in_flight = total
+        self._count_background(num_sequences, priority)
         self._on_change(total)
 
-    def release(self, num_sequences: int) -> None:
+    def release(self, num_sequences: int, priority: int = PRIORITY_INTERACTIVE) -> None:
         """Count admitted sequences as ended."""
+        self._count_background(-num_sequences, priority)
         self.num_in_flight -= num_sequences
         assert self.num_in_flight >= 0, "released more sequences than were admitted"
         self._ended_at_s.extend([self._clock()] * num_sequences)
         self._on_change(self.num_in_flight)
+
+    def _count_background(self, num_sequences: int, priority: int) -> None:
+        if priority == PRIORITY_BACKGROUND:
+            self.num_background += num_sequences
 
     def _retry_after_s(self, num_excess: int) -> float:
         """Return when as many sequences will have ended, at the rate of the last ones."""

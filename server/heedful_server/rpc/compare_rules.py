@@ -8,10 +8,10 @@ from heedful_proto.v1 import feedback_pb2 as pb
 from heedful_proto.v1 import inference_pb2
 from heedful_store.records import Purpose
 
-from heedful_server.config import LimitSettings
 from heedful_server.feedback.comparing import ComparisonRequest
 from heedful_server.rpc import validate
 from heedful_server.rpc.rules import choice, require
+from heedful_server.setting_groups import LimitSettings
 
 _MIN_K, _MAX_K, _DEFAULT_K = 2, 9, 2
 _MAX_MODELS = 16
@@ -28,8 +28,8 @@ def comparison_request(message: pb.CompareRequest, limits: LimitSettings) -> Com
     require("k", _MIN_K <= k <= _MAX_K, f"must be {_MIN_K} to {_MAX_K}, not {k}")
     most = _MAX_MODELS
     require("models", len(message.models) <= most, f"must be at most {most} names")
-    for model in message.models:
-        validate.require_model(model)
+    for i, model in enumerate(message.models):
+        validate.require_model(model, f"models[{i}]")
     purpose = choice("purpose", message.purpose, _PURPOSES)
     generation = validate.generation_request(
         inference_pb2.GenerateRequest(
@@ -47,4 +47,4 @@ def comparison_request(message: pb.CompareRequest, limits: LimitSettings) -> Com
     )
     reason = "must be above 0: greedy candidates of one policy would all be the same"
     require("sampling.temperature", generation.sampling.temperature > 0, reason)
-    return ComparisonRequest(generation, purpose)
+    return ComparisonRequest(generation, purpose, tuple(message.models))

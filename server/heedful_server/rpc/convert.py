@@ -7,14 +7,12 @@ nothing of calls, and of tokens only what a function that they are given tells t
 from collections.abc import Callable, Sequence
 
 from heedful_proto.v1 import inference_pb2 as pb
-from heedful_proto.v1 import models_pb2
 
-from heedful_server.protocol import EngineInfo, Finish
+from heedful_server.protocol import Finish
 from heedful_server.rpc.generation import Generation
-from heedful_server.rpc.generator import ScoredItem
 from heedful_server.rpc.parts import Part, Served
+from heedful_server.rpc.scorer import Scores
 from heedful_server.rpc.text_pool import Tokens
-from heedful_server.rpc.validate import BASE_VERSION, CHAMPION_ALIAS
 
 TokenText = Callable[[int], str]
 
@@ -65,11 +63,10 @@ def generate_response(
 ) -> pb.GenerateResponse:
     """Return the answer to a whole request."""
     with_logprobs = generation.request.logprobs
+    ids, tokens = generation.completion_ids, generation.entry.tokens
     completions = [
-        _completion(part, completion_id, token, with_logprobs, token_text)
-        for part, completion_id, token in zip(
-            parts, generation.completion_ids, generation.entry.tokens, strict=True
-        )
+        _completion(place, part, ids[part.index], tokens[part.index], with_logprobs, token_text)
+        for place, part in enumerate(parts)
     ]
     usages = [completion.usage for completion in completions]
     usage = pb.Usage(
@@ -82,13 +79,18 @@ def generate_response(
     )
 
 
-def score_response(items: Sequence[ScoredItem]) -> pb.ScoreResponse:
+def score_response(scores: Scores) -> pb.ScoreResponse:
     """Return the scores of items, in their order."""
-    scores = [
-        pb.Score(token_ids=item.token_ids, logprobs=item.logprobs, total_logprob=sum(item.logprobs))
-        for item in items
+    items = [
+        pb.Score(
+            token_ids=item.token_ids,
+            logprobs=item.logprobs,
+            total_logprob=sum(item.logprobs),
+            reward=item.reward,
+        )
+        for item in scores.items
     ]
-    return pb.ScoreResponse(scores=scores, policy_version=BASE_VERSION)
+    return pb.ScoreResponse(scores=items, policy_version=scores.policy_version)
 
 
 def tokenize_response(tokens: Tokens, context_tokens: int) -> pb.TokenizeResponse:
@@ -101,31 +103,17 @@ def tokenize_response(tokens: Tokens, context_tokens: int) -> pb.TokenizeRespons
     )
 
 
-def base_model(name: str, info: EngineInfo | None, loaded: bool) -> models_pb2.Model:
-    """Return the base as a policy version; what only the engine knows is empty until it loaded."""
-    model = models_pb2.Model(
-        version=BASE_VERSION,
-        base_model=name,
-        state=models_pb2.POLICY_STATE_CHAMPION,
-        loaded=loaded,
-    )
-    if info is not None:
-        model.quantization = info.quantization
-        model.context_tokens = info.context_tokens
-    return model
-
-
-def champion_alias() -> models_pb2.Alias:
-    """Return the alias that requests use by default."""
-    return models_pb2.Alias(name=CHAMPION_ALIAS, version=BASE_VERSION)
-
-
 def _completion(
-    part: Part, completion_id: str, token: str, with_logprobs: bool, token_text: TokenText
+    index: int,
+    part: Part,
+    completion_id: str,
+    token: str,
+    with_logprobs: bool,
+    token_text: TokenText,
 ) -> pb.Completion:
     assert part.finish is not None, "a completion without an end"
     return pb.Completion(
-        index=part.index,
+        index=index,
         completion_id=completion_id,
         completion_token=token if part.rateable else "",
         rateable=part.rateable,
@@ -135,6 +123,7 @@ def _completion(
         finish_reason=FINISH_REASONS[part.finish.reason],
         stop=part.finish.stop,
         usage=_usage(part.finish),
+        reward=part.reward,
     )
 
 

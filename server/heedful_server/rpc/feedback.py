@@ -14,7 +14,6 @@ import structlog
 from heedful_proto.v1 import feedback_pb2 as pb
 from heedful_proto.v1.feedback_pb2_grpc import FeedbackServiceServicer
 
-from heedful_server.config import LimitSettings
 from heedful_server.errors import HeedfulServerError, InvalidRequest
 from heedful_server.feedback import erasing
 from heedful_server.feedback.access import scope_of
@@ -28,6 +27,7 @@ from heedful_server.identity import Caller
 from heedful_server.rpc import compare_rules, feedback_convert, feedback_rules, import_rules
 from heedful_server.rpc.call import caller, current_call
 from heedful_server.security.quota import Quota
+from heedful_server.setting_groups import LimitSettings
 
 log = structlog.get_logger(__name__)
 

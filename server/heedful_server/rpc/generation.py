@@ -7,18 +7,21 @@ nothing of how tokens are computed. Made by generator.py; runs on the event loop
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from types import TracebackType
 from typing import Self
 
+from heedful_server.deployment.observing import Record
 from heedful_server.engine_client.stream import EngineStream
-from heedful_server.errors import HeedfulServerError
+from heedful_server.errors import EngineRequestError, EngineUnavailable, HeedfulServerError
 from heedful_server.feedback.completion_log import LogEntry
 from heedful_server.metrics import Metrics
 from heedful_server.protocol import Delta, Finish
 from heedful_server.rpc.admission import Admission
 from heedful_server.rpc.parts import Part, Served
 from heedful_server.rpc.requests import GenerationRequest
+
+Choose = Callable[[list[Part]], Awaitable[list[Part]]]
 
 
 class Generation:
@@ -34,6 +37,7 @@ class Generation:
         admission: Admission,
         metrics: Metrics,
         received_at_s: float,
+        record: Record,
         on_end: Callable[["Generation"], None],
     ) -> None:
         self.request = request
@@ -44,10 +48,11 @@ class Generation:
         self._admission = admission
         self._metrics = metrics
         self._received_at_s = received_at_s
+        self._record = record
         self._on_end = on_end
         self._last_token_at_s: dict[int, float] = {}
         self._urgent = False
-        self._num_unfinished = request.n
+        self._num_unfinished = request.num_samples
         self.num_tokens = 0  # generated so far, of all completions
 
     @property
@@ -55,17 +60,22 @@ class Generation:
         """Whether the end of every completion was returned."""
         return self._num_unfinished == 0
 
-    async def collect(self) -> list[Part]:
-        """Wait for all completions and return them by index.
+    async def collect(self, choose: Choose | None = None) -> list[Part]:
+        """Wait for all completions and return them by index, or those that `choose` keeps.
+
+        The others were nobody's answer, and leave no row in the log.
 
         Raises:
             EngineUnavailable: the engine died.
             EngineRequestError: the engine refused or failed this request.
         """
-        parts = [Part(index) for index in range(self.request.n)]
+        parts = [Part(index) for index in range(self.request.num_samples)]
         while not self.finished:
             for delta in await self._next():
                 parts[delta.index].add(delta)
+        if choose is not None:
+            parts = await choose(parts)
+            self.entry.keep_only(part.index for part in parts)
         await self._log_ends(parts)
         return parts
 
@@ -105,8 +115,10 @@ class Generation:
         self._on_end(self)
         self.entry.cut("error" if isinstance(error, HeedfulServerError) else "cancelled")
         if self._num_unfinished:
+            if isinstance(error, EngineRequestError | EngineUnavailable):
+                self._record.failed()
             self._metrics.request_success.labels("cancelled").inc(self._num_unfinished)
-            self._admission.release(self._num_unfinished)
+            self._admission.release(self._num_unfinished, self.request.priority)
             self._num_unfinished = 0
 
     async def _next(self) -> list[Delta]:
@@ -147,7 +159,8 @@ class Generation:
     def _observe_finish(self, finish: Finish, now_s: float) -> None:
         self._urgent = True
         self._num_unfinished -= 1
-        self._admission.release(1)
+        self._admission.release(1, self.request.priority)
         self._metrics.observe_finish(finish)
+        self._record.ended(finish.completion_tokens, finish.decode_s)
         if self._num_unfinished == 0:
             self._metrics.e2e_request_latency.observe(now_s - self._received_at_s)

@@ -7,12 +7,12 @@ functions.
 from heedful_proto.v1 import feedback_pb2 as pb
 from heedful_store import Thumb
 
-from heedful_server.config import LimitSettings
 from heedful_server.errors import InvalidRequest
 from heedful_server.feedback.submission import Demonstration, ImportedItem, Order
 from heedful_server.rpc import feedback_rules as rules
 from heedful_server.rpc.rules import require, require_bytes
 from heedful_server.rpc.validate import prompt
+from heedful_server.setting_groups import LimitSettings
 
 _MAX_ID_BYTES = 256
 _MAX_COMPLETIONS = 64

@@ -155,7 +155,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """
         who = await self._keyring.caller_of(context.invocation_metadata() or ())
         if scope:
-            who.require(scope)
+            who.require(*scope.split(" or "))
         if scope == GENERATE:
             self._requests.take(who.tenant)
         current_caller.set(who)

@@ -17,13 +17,15 @@ class Served:
     quantization: str
     seed: int
     request_id: str
+    policy_hash: str = ""
 
 
 @dataclass(slots=True)
 class Part:
     """What arrived of one completion; the log lists run parallel to token_ids.
 
-    Where `finish` is set, `rateable` says whether the completion was logged.
+    Where `finish` is set, `rateable` says whether the completion was logged; `reward` is set where
+    the best of several were kept.
     """
 
     index: int
@@ -35,6 +37,7 @@ class Part:
     top: list[list[tuple[int, float]]] = field(default_factory=list)
     finish: Finish | None = None
     rateable: bool = False
+    reward: float | None = None
 
     def add(self, delta: Delta) -> None:
         """Append what a delta of the same completion brings."""

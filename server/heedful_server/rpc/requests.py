@@ -67,6 +67,13 @@ class GenerationRequest:
     constraint: Constraint | None = None
     priority: int = PRIORITY_INTERACTIVE
     origin: Origin = Origin()
+    model: str = ""
+    best_of: int = 0
+
+    @property
+    def num_samples(self) -> int:
+        """How many completions are sampled; more than n where the best are kept."""
+        return max(self.n, self.best_of)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +86,10 @@ class ScoringItem:
 
 @dataclass(frozen=True, slots=True)
 class ScoringRequest:
-    """A request for the log-probs of given completions."""
+    """A request for the log-probs of given completions, and for their rewards where it says so."""
 
     items: tuple[ScoringItem, ...]
     priority: int = PRIORITY_INTERACTIVE
+    model: str = ""
+    project: str = ""
+    reward: bool = False

@@ -33,7 +33,6 @@ _TABLE: dict[type[BaseException], tuple[grpc.StatusCode, str]] = {
     errors.ModelNotLoaded: (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_NOT_LOADED"),
     errors.PreconditionFailed: (grpc.StatusCode.FAILED_PRECONDITION, "PRECONDITION_FAILED"),
     errors.NotRateable: (grpc.StatusCode.FAILED_PRECONDITION, "NOT_RATEABLE"),
-    errors.NotImplementedYet: (grpc.StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED"),
     errors.QueueFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     errors.QuotaExceeded: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
     errors.DeadlineExceeded: (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
@@ -46,6 +45,9 @@ _TABLE: dict[type[BaseException], tuple[grpc.StatusCode, str]] = {
     store_errors.NotFound: (grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
     store_errors.AlreadyExists: (grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS"),
     store_errors.Invalid: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    store_errors.AdapterDamaged: (grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_DAMAGED"),
+    store_errors.ForeignAdapter: (grpc.StatusCode.FAILED_PRECONDITION, "FOREIGN_ADAPTER"),
+    store_errors.AliasMoved: (grpc.StatusCode.ABORTED, "ALIAS_MOVED"),
     store_errors.StoreBusy: (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_BUSY"),
     store_errors.StoreFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"),
     # Locked, unreachable, dead or closed: whether a retry helps is the server's health to say.

@@ -9,8 +9,8 @@ to GenerateRequest for GenerateStream too.
 
 from heedful_proto.v1 import inference_pb2 as pb
 
-from heedful_server.config import LimitSettings
-from heedful_server.errors import InvalidRequest, NotFound, NotImplementedYet
+from heedful_server.deployment.served import MAX_NAME_BYTES
+from heedful_server.errors import InvalidRequest
 from heedful_server.protocol import (
     PRIORITY_BACKGROUND,
     PRIORITY_INTERACTIVE,
@@ -29,9 +29,8 @@ from heedful_server.rpc.requests import (
 )
 from heedful_server.rpc.rules import choice, require, require_bytes
 from heedful_server.rpc.sampling_rules import constraint, sampling_params
+from heedful_server.setting_groups import LimitSettings
 
-BASE_VERSION = "base"
-CHAMPION_ALIAS = "champion"
 DEFAULT_PROJECT = "default"
 
 _ROLES = frozenset({"system", "user", "assistant"})
@@ -68,15 +67,13 @@ def generation_request(message: pb.GenerateRequest, limits: LimitSettings) -> Ge
     """Return the request that a message asks for.
 
     Raises:
-        InvalidRequest: a field breaks a rule.
-        NotFound: the model does not exist; whether the project does, depends on the caller.
-        NotImplementedYet: it asks for best_of.
+        InvalidRequest: a field breaks a rule. Whether model and project exist is seen later.
     """
     require_model(message.model)
     n = message.n if message.HasField("n") else 1
     require("n", 1 <= n <= _MAX_N, f"must be 1 to {_MAX_N}, not {n}")
     sampling = message.sampling
-    request = GenerationRequest(
+    return GenerationRequest(
         prompt=prompt(message.prompt, "prompt", limits),
         n=n,
         sampling=sampling_params(sampling),
@@ -86,27 +83,23 @@ def generation_request(message: pb.GenerateRequest, limits: LimitSettings) -> Ge
         constraint=constraint(message.constraint) if message.HasField("constraint") else None,
         priority=choice("priority", message.priority, _PRIORITIES),
         origin=_origin(message),
+        model=message.model,
+        best_of=_best_of(message, n),
     )
-    if message.HasField("best_of"):
-        best_of = message.best_of
-        require("best_of", n <= best_of <= _MAX_N, f"must be n ({n}) to {_MAX_N}, not {best_of}")
-        raise NotImplementedYet("best_of needs a reward model, and this server has none")
-    return request
 
 
 def scoring_request(message: pb.ScoreRequest, limits: LimitSettings) -> ScoringRequest:
     """Return the request that a message asks for; raises as generation_request does."""
     require_model(message.model)
-    require_project(message.project)
     num_items = len(message.items)
     require("items", 1 <= num_items <= _MAX_SCORE_ITEMS, f"must be 1 to {_MAX_SCORE_ITEMS} items")
-    request = ScoringRequest(
+    return ScoringRequest(
         items=tuple(_score_item(item, i, limits) for i, item in enumerate(message.items)),
         priority=choice("priority", message.priority, _PRIORITIES),
+        model=message.model,
+        project=message.project,
+        reward=message.reward,
     )
-    if message.reward:
-        raise NotImplementedYet("reward needs a reward model, and this server has none")
-    return request
 
 
 def tokenize_input(message: pb.TokenizeRequest, limits: LimitSettings) -> TextPrompt | ChatPrompt:
@@ -130,19 +123,9 @@ def detokenize_ids(message: pb.DetokenizeRequest, limits: LimitSettings) -> tupl
     return tuple(message.token_ids)
 
 
-def require_model(model: str) -> None:
-    """Raise NotFound unless a name stands for the base."""
-    if model in ("", CHAMPION_ALIAS, BASE_VERSION):
-        return
-    raise NotFound(
-        f"no model {model[:80]!r}; this server has {BASE_VERSION!r} (alias {CHAMPION_ALIAS!r})"
-    )
-
-
-def require_project(project: str) -> None:
-    """Raise NotFound unless a project exists."""
-    if project not in ("", DEFAULT_PROJECT):
-        raise NotFound(f"no project {project[:80]!r}; this server has {DEFAULT_PROJECT!r}")
+def require_model(model: str, field: str = "model") -> None:
+    """Refuse what is too long for the name of a model; whether there is one is seen later."""
+    require_bytes(field, model, MAX_NAME_BYTES)
 
 
 def prompt(message: pb.Prompt, path: str, limits: LimitSettings) -> Prompt:
@@ -158,6 +141,14 @@ def prompt(message: pb.Prompt, path: str, limits: LimitSettings) -> Prompt:
             return _tokens(message.token_ids, f"{path}.token_ids", limits)
         case _:
             raise InvalidRequest(path, "one of text, chat and token_ids must be set")
+
+
+def _best_of(message: pb.GenerateRequest, n: int) -> int:
+    if not message.HasField("best_of"):
+        return 0
+    best_of = message.best_of
+    require("best_of", n <= best_of <= _MAX_N, f"must be n ({n}) to {_MAX_N}, not {best_of}")
+    return best_of
 
 
 def _chat(message: pb.ChatMessages, path: str, limits: LimitSettings) -> ChatPrompt:

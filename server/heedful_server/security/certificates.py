@@ -20,8 +20,8 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from heedful_server.config import TlsSettings
 from heedful_server.errors import InvalidConfig
+from heedful_server.setting_groups import TlsSettings
 
 log = structlog.get_logger(__name__)
 

@@ -21,6 +21,9 @@ from heedful_server.identity import (
 # Needs a valid key and no scope in particular: whoever uses a model may know which one it is.
 ANY_KEY: Final = ""
 
+# Which one depends on the request, so the method looks again.
+DEPLOY_OR_TRAIN: Final = f"{DEPLOY} or {TRAIN}"
+
 _INFERENCE, _FEEDBACK, _MODELS = (
     f"/heedful.v1.{service}/" for service in ("InferenceService", "FeedbackService", "ModelService")
 )
@@ -49,8 +52,8 @@ METHOD_SCOPES: Final[Mapping[str, str]] = MappingProxyType(
         f"{_MODELS}WatchDeployments": ANY_KEY,
         f"{_MODELS}Promote": DEPLOY,
         f"{_MODELS}RollBack": DEPLOY,
-        f"{_MODELS}LoadAdapter": DEPLOY,
-        f"{_MODELS}UnloadAdapter": DEPLOY,
+        f"{_MODELS}LoadAdapter": DEPLOY_OR_TRAIN,
+        f"{_MODELS}UnloadAdapter": DEPLOY_OR_TRAIN,
         f"{_MODELS}StartRefresh": TRAIN,
         f"{_MODELS}GetRefresh": TRAIN,
         f"{_MODELS}WatchRefresh": TRAIN,

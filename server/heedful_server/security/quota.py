@@ -10,8 +10,8 @@ are no more buckets than tenants with keys.
 import time
 from collections.abc import Callable
 
-from heedful_server.config import QuotaSettings
 from heedful_server.errors import QuotaExceeded
+from heedful_server.setting_groups import QuotaSettings
 
 
 class TokenBucket:

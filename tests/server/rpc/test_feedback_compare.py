@@ -6,7 +6,6 @@ import pytest
 from heedful_proto.v1 import feedback_pb2 as pb
 from heedful_proto.v1 import inference_pb2
 from heedful_server.errors import InvalidRequest
-from heedful_server.feedback.comparing import Comparing
 from heedful_server.feedback.desk import FeedbackDesk
 from heedful_server.identity import FEEDBACK_OWN, Caller
 from heedful_server.rpc.feedback_rules import submission
@@ -201,7 +200,7 @@ def desk(server) -> FeedbackDesk:
 
 async def test_an_end_user_answers_only_their_own_comparison(compare, server, desk):
     parts = server.feedback
-    comparing = Comparing(server._generator, parts.log, parts.store, parts.tokens, parts.recent)
+    comparing = server.comparing
     with pytest.raises(InvalidRequest, match="end_user"):
         await comparing.next_question(OWN, SCOPE, "")
     for_anybody = await compare()

@@ -44,7 +44,7 @@ TEXTS = ODD_TEXTS | st.text(st.characters(exclude_categories=["Cs"]), max_size=2
 ALLOWED = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.NOT_FOUND,
-    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 SOUND = {

@@ -247,11 +247,3 @@ async def test_unknown_names_are_not_found(stub, field, name):
     with pytest.raises(grpc.aio.AioRpcError, match=name) as caught:
         await stub.Generate(request)
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-
-
-async def test_best_of_is_refused_by_name(stub):
-    request = text_request()
-    request.best_of = 4
-    with pytest.raises(grpc.aio.AioRpcError, match="best_of") as caught:
-        await stub.Generate(request)
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED

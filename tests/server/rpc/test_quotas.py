@@ -8,8 +8,8 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from heedful_proto.v1 import inference_pb2
-from heedful_server.config import QuotaSettings
 from heedful_server.serving import Server
+from heedful_server.setting_groups import QuotaSettings
 
 
 class Clock:

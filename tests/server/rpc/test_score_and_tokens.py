@@ -104,16 +104,3 @@ async def test_unknown_model_is_not_found(models_stub):
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await models_stub.GetModel(models_pb2.GetModelRequest(model="v9"))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-
-
-async def test_what_is_not_served_says_so(channel):
-    descriptor = models_pb2.DESCRIPTOR.services_by_name["ModelService"]
-    served = {"ListModels", "GetModel"}
-    methods = [method for method in descriptor.methods if method.name not in served]
-    assert methods
-    for method in methods:
-        call = channel.unary_unary(f"/{descriptor.full_name}/{method.name}")
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call(b"")
-        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-        assert "this server" in caught.value.details(), method.name

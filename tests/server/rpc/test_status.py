@@ -19,7 +19,6 @@ S = grpc.StatusCode
         (errors.NotFound("x"), S.NOT_FOUND, "NOT_FOUND"),
         (errors.AlreadyExists("x"), S.ALREADY_EXISTS, "ALREADY_EXISTS"),
         (errors.ModelNotLoaded("x"), S.FAILED_PRECONDITION, "MODEL_NOT_LOADED"),
-        (errors.NotImplementedYet("x"), S.UNIMPLEMENTED, "NOT_IMPLEMENTED"),
         (errors.QueueFull("x", 2.5), S.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
         (errors.DeadlineExceeded("x"), S.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
         (errors.ClientTooSlow("x"), S.CANCELLED, "CLIENT_TOO_SLOW"),

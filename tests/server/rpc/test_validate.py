@@ -5,8 +5,7 @@ import math
 import pytest
 from google.protobuf import text_format
 from heedful_proto.v1 import inference_pb2 as pb
-from heedful_server.config import LimitSettings
-from heedful_server.errors import InvalidRequest, NotFound, NotImplementedYet
+from heedful_server.errors import InvalidRequest
 from heedful_server.rpc import validate
 from heedful_server.rpc.model_rules import (
     DEFAULT_MAX_TOKENS,
@@ -17,6 +16,7 @@ from heedful_server.rpc.model_rules import (
     resolve_max_tokens,
 )
 from heedful_server.rpc.requests import TextPrompt
+from heedful_server.setting_groups import LimitSettings
 
 LIMITS = LimitSettings(max_prompt_bytes=1000, max_messages=4, max_detokenize_tokens=8)
 MODEL = ModelLimits(vocab_size=100, context_tokens=50)
@@ -184,19 +184,17 @@ def test_priority_and_consent_default_to_the_servers_setting() -> None:
     assert request.origin.project == "default"
 
 
-def test_best_of_within_its_range_is_not_served() -> None:
-    with pytest.raises(NotImplementedYet, match="best_of"):
-        validate.generation_request(generation(n=2, best_of=4), LIMITS)
+def test_best_of_samples_more_than_it_returns() -> None:
+    request = validate.generation_request(generation(n=2, best_of=4), LIMITS)
+    assert (request.n, request.best_of, request.num_samples) == (2, 4, 4)
+    request = validate.generation_request(generation(n=2), LIMITS)
+    assert (request.n, request.best_of, request.num_samples) == (2, 0, 2)
 
 
-def test_broken_rule_is_told_before_what_is_not_served() -> None:
-    with pytest.raises(InvalidRequest):
-        validate.generation_request(generation(n=2, best_of=4, tags=["x"] * 17), LIMITS)
-
-
-def test_unknown_model_is_not_found() -> None:
-    with pytest.raises(NotFound, match="'other'"):
-        validate.generation_request(generation(model="other"), LIMITS)
+def test_the_name_of_a_model_is_bounded_and_looked_up_later() -> None:
+    assert validate.generation_request(generation(model="other"), LIMITS).model == "other"
+    with pytest.raises(InvalidRequest, match="model"):
+        validate.generation_request(generation(model="x" * 201), LIMITS)
 
 
 def item(**fields: object) -> pb.ScoreItem:
@@ -227,9 +225,10 @@ def test_sixty_four_items_may_be_scored_and_one_may_be_empty() -> None:
     assert len(validate.scoring_request(message, LIMITS).items) == 64
 
 
-def test_reward_is_not_served() -> None:
-    with pytest.raises(NotImplementedYet, match="reward"):
-        validate.scoring_request(pb.ScoreRequest(items=[item(text="y")], reward=True), LIMITS)
+def test_a_scoring_request_says_whose_rewards_it_wants() -> None:
+    message = pb.ScoreRequest(items=[item(text="y")], reward=True, model="v1", project="default")
+    request = validate.scoring_request(message, LIMITS)
+    assert (request.reward, request.model, request.project) == (True, "v1", "default")
 
 
 def test_tokenize_needs_an_input_and_limits_it() -> None:

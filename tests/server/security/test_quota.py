@@ -1,9 +1,9 @@
 """Buckets against any order of calls and any clock; and what a refusal promises."""
 
 import pytest
-from heedful_server.config import QuotaSettings
 from heedful_server.errors import QuotaExceeded
 from heedful_server.security.quota import Quotas, TokenBucket
+from heedful_server.setting_groups import QuotaSettings
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,0 +1,1 @@
+"""Which policy version answers: the registry as the server sees it, and what is loaded."""
