@@ -100,7 +100,7 @@ def cli_page() -> str:
     """Return the page of commands."""
     lines = [
         *_opening("Commands"),
-        "`heedful` talks to a server, `heedful-server` is one, `heedful-trainer` works on refreshes.",
+        "`heedful` talks to a server, `heedful-server` is one, `heedful-trainer` learns.",
         "`heedful serve`, `model`, `keys` and `migrate-base` become `heedful-server` with the same",
         "arguments, `heedful train` becomes `heedful-trainer`.",
         "",

@@ -4,25 +4,38 @@ Owns the two rules that every door of feedback shares: a project of one's own te
 the scope `feedback:any` or the token that came with the answer. Pure functions.
 """
 
+import re
+
 from heedful_store import DEFAULT_PROJECT, NotFound, Scope
 
 from heedful_server import errors
 from heedful_server.feedback.tokens import BadToken, Claims, TokenKind, Tokens
 from heedful_server.identity import FEEDBACK_ANY, Caller
 
+_PROJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # One wording for what does not exist and for what is somebody else's.
 UNKNOWN_TARGET = "the answer or comparison that is judged"
 
 
 def scope_of(caller: Caller, project: str) -> Scope:
-    """Return the log of a project; "default" or nothing names the caller's own, where it has one.
+    """Return the log of a project; nothing names "default" or the only one that a key opens.
 
-    Raises NotFound for a project that does not exist or is not the caller's.
+    A project exists from its first request on, for callers that may act in all of their tenant's.
+
+    Raises:
+        NotFound: it is not the caller's.
+        InvalidRequest: names `project`: it cannot be a name of a project.
     """
-    own = caller.project or DEFAULT_PROJECT
-    if project not in ("", DEFAULT_PROJECT, own):
-        raise errors.NotFound(f"no project {project[:80]!r}; this server has {own!r}")
-    return Scope(caller.tenant, own)
+    if caller.project is not None:
+        if project not in ("", DEFAULT_PROJECT, caller.project):
+            raise errors.NotFound(f"no project {project[:80]!r}; the key opens {caller.project!r}")
+        return Scope(caller.tenant, caller.project)
+    name = project or DEFAULT_PROJECT
+    # The name is part of the path of the project's versions.
+    if _PROJECT_NAME.fullmatch(name) is None:
+        rule = "letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 128"
+        raise errors.InvalidRequest("project", f"must be {rule}")
+    return Scope(caller.tenant, name)
 
 
 def claims_of(

@@ -58,7 +58,10 @@ def test_the_whole_story(demo, loop, script, tmp_path, server):
     assert places == sorted(places)
     given = (tmp_path / "given").read_text()
     target = f"--project demo-brief --target {server.target}"
-    assert given.startswith(f"simulate --taste brief --comparisons 5 {target}\n")
+    assert given.splitlines() == [
+        f"simulate --taste brief --comparisons 5 {target}",
+        f"simulate --taste brief --judge v1 --against champion --prompts 100 {target}",
+    ]
     assert {request.project for request in script.requests} == {"demo-brief"}
     assert {request.project for request in loop.requests} == {"demo-brief"}
 
@@ -70,7 +73,7 @@ def test_as_json_it_says_that_the_rater_is_simulated(demo, loop):
     assert document["promoted"]["verdict"] == "proven"
     assert document["rolled_back"]["to_version"] == "base"
     assert set(document["seconds"]) == {
-        *("before", "votes", "refresh", "diff", "promote", "roll_back"),
+        *("before", "votes", "refresh", "diff", "judge", "promote", "roll_back"),
     }
 
 

@@ -6,7 +6,7 @@ import time
 from os.path import commonpath
 
 import pytest
-from heedful_server.errors import InvalidRequest, StartupError
+from heedful_server.errors import InvalidRequest, RequestError, StartupError
 from heedful_server.feedback import token_keys
 from heedful_server.feedback.access import claims_of, scope_of
 from heedful_server.feedback.tokens import BadToken, Tokens
@@ -136,6 +136,13 @@ def test_projects_of_a_caller():
     bound = Caller("t", "k", frozenset(), project="app")
     assert scope_of(LOCAL_CALLER, "") == Scope("local", "default")
     assert scope_of(bound, "") == scope_of(bound, "app") == Scope("t", "app")
-    for who, project in [(LOCAL_CALLER, "app"), (bound, "other")]:
-        with pytest.raises(Exception, match="no project"):
-            scope_of(who, project)
+    assert scope_of(LOCAL_CALLER, "demo-brief") == Scope("local", "demo-brief")
+    with pytest.raises(RequestError, match="no project 'other'"):
+        scope_of(bound, "other")
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "a b", "a\n", "x" * 129, "é"])
+def test_a_project_is_named_so_that_its_name_can_be_a_directory(name):
+    with pytest.raises(InvalidRequest) as caught:
+        scope_of(LOCAL_CALLER, name)
+    assert caught.value.field == "project"

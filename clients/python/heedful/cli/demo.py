@@ -38,6 +38,7 @@ PROMPTS = (
     "What is a good way to learn to swim?",
 )
 """Asked before and after; the simulated rater never votes on them."""
+UNSEEN_PROMPTS = 100
 _SEED = 7
 
 
@@ -114,6 +115,7 @@ def demo(
         _vote(telling, trainer, comparisons)
         _learn(telling, method, home, config)
         if telling.story.refresh is not None and telling.story.refresh.candidate_version:
+            _look(telling, trainer, telling.story.refresh.candidate_version)
             _decide(telling, telling.story.refresh)
     if as_json:
         write_json(telling.story)
@@ -134,9 +136,8 @@ def _vote(telling: Telling, trainer: Path, comparisons: int) -> None:
     title = f"{comparisons} blind pairs, judged by the simulated rater"
     with telling.chapter("votes", title):
         story = telling.story
-        arguments = ["simulate", "--taste", story.taste, "--comparisons", str(comparisons)]
-        arguments += ["--project", story.project, "--target", telling.client.target]
-        run_program(trainer, arguments, environment())
+        voting = ["simulate", "--taste", story.taste, "--comparisons", str(comparisons)]
+        run_program(trainer, [*voting, *_where(telling)], environment())
 
 
 def _learn(
@@ -150,8 +151,7 @@ def _learn(
         telling.say(printable(refresh_view.in_words(refresh)))
 
 
-def _decide(telling: Telling, refresh: Refresh) -> None:
-    version = refresh.candidate_version
+def _look(telling: Telling, trainer: Path, version: str) -> None:
     with telling.chapter("diff", f"The same questions, champion beside {version}"):
         for asked in _asked():
             found = models_diff.difference(
@@ -160,6 +160,21 @@ def _decide(telling: Telling, refresh: Refresh) -> None:
             telling.story.answers.append(found)
             if not telling.quiet:
                 models_diff.show(found)
+    with telling.chapter("judge", f"{UNSEEN_PROMPTS} more questions that nobody voted on"):
+        # What only a simulated rater allows: its true taste judges, without noise.
+        run_program(
+            trainer,
+            [
+                *("simulate", "--taste", telling.story.taste),
+                *("--judge", version, "--against", "champion"),
+                *("--prompts", str(UNSEEN_PROMPTS), *_where(telling)),
+            ],
+            environment(),
+        )
+
+
+def _decide(telling: Telling, refresh: Refresh) -> None:
+    version = refresh.candidate_version
     if refresh.verdict == "fail":
         telling.say(
             f"{version} failed the gate, so it is not promoted: heedful gate explain {version}"
@@ -173,6 +188,10 @@ def _decide(telling: Telling, refresh: Refresh) -> None:
         telling.story.rolled_back = telling.client.roll_back(reason=REASON)
         telling.say(models_view.sentence(telling.story.rolled_back))
         _show_answers(telling, "champion", count=1)
+
+
+def _where(telling: Telling) -> tuple[str, ...]:
+    return ("--project", telling.story.project, "--target", telling.client.target)
 
 
 def _show_answers(telling: Telling, model: str, count: int = len(PROMPTS)) -> None:
