@@ -31,6 +31,8 @@ except ImportError:
 tl: Any = language
 
 INTERPRETED: Final = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+# Stated, because Triton's default changes between its releases (and warns about that).
+COMPILE: Final = {"enable_fp_fusion": True}
 FLOATS: Final = (torch.bfloat16, torch.float16, torch.float32)
 
 _fallbacks: Counter[str] = Counter()

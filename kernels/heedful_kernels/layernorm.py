@@ -18,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from heedful_kernels.launch import (
+    COMPILE,
     FLOATS,
     jit,
     next_power_of_2,
@@ -164,7 +165,7 @@ def _launch(
         x_TH.stride(0), x_TH.stride(1),
         0 if residual_TH is None else residual_TH.stride(0), out_TH.stride(0), eps,
         x_TH.shape[1], ADD=residual_TH is not None, BLOCK=block,
-        num_warps=max(1, min(8, block // 512)),
+        num_warps=max(1, min(8, block // 512)), **COMPILE,
     )  # fmt: skip
     return out_TH
 

@@ -20,7 +20,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from heedful_kernels.launch import FLOATS, jit, next_power_of_2, refuse_unless, runs_triton, tl
+from heedful_kernels.launch import (
+    COMPILE,
+    FLOATS,
+    jit,
+    next_power_of_2,
+    refuse_unless,
+    runs_triton,
+    tl,
+)
 
 _NAME: Final = "rope_cache"
 
@@ -215,7 +223,7 @@ def _op(
         norm_weight_ND.contiguous() if norm_weight_ND is not None else qkv_TQ, q_THD,
         qkv_TQ.stride(0), eps,
         HEADS=num_heads, KV_HEADS=kv_heads, D=d, P=cos_TP.shape[1],
-        NEIGHBOURS=neighbours, NORM=normed, BLOCK_D=next_power_of_2(d), num_warps=1,
+        NEIGHBOURS=neighbours, NORM=normed, BLOCK_D=next_power_of_2(d), num_warps=1, **COMPILE,
     )  # fmt: skip
     return q_THD
 

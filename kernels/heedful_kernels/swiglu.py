@@ -18,7 +18,16 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from heedful_kernels.launch import FLOATS, INTERPRETED, cdiv, jit, refuse_unless, runs_triton, tl
+from heedful_kernels.launch import (
+    COMPILE,
+    FLOATS,
+    INTERPRETED,
+    cdiv,
+    jit,
+    refuse_unless,
+    runs_triton,
+    tl,
+)
 
 GateActivation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -101,7 +110,14 @@ def _gated_op(x_TG: Tensor, activation: str) -> Tensor:
     if out_TF.numel() > 0:
         block = 64 if INTERPRETED else 1024
         _kernel[(rows, cdiv(size, block))](
-            x_TG, out_TF, x_TG.stride(0), x_TG.stride(1), size, ACTIVATION=activation, BLOCK=block
+            x_TG,
+            out_TF,
+            x_TG.stride(0),
+            x_TG.stride(1),
+            size,
+            ACTIVATION=activation,
+            BLOCK=block,
+            **COMPILE,
         )
     return out_TF
 

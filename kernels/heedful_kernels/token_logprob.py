@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from heedful_kernels.launch import (
+    COMPILE,
     FLOATS,
     INTERPRETED,
     cdiv,
@@ -244,7 +245,7 @@ def _forward_op(
         hidden_TH, weight_VH, targets_T, parts, own_T,
         num_tokens, num_words, inverse_temperature,
         hidden_TH.stride(0), weight_VH.stride(0), words_per_part,
-        H=hidden_TH.shape[1], DOT=dot_dtype(hidden_TH.dtype), ENTROPY=entropy, **tiles,
+        H=hidden_TH.shape[1], DOT=dot_dtype(hidden_TH.dtype), ENTROPY=entropy, **tiles, **COMPILE,
     )  # fmt: skip
     max_PT, sum_PT, dot_PT = parts.unbind()
     max_T = max_PT.amax(dim=0)
@@ -300,7 +301,8 @@ def _backward_op(
             grad_logp_T.contiguous(), grad_entropy_T.contiguous(), grad_TC,
             num_tokens, num_words, first, inverse_temperature,
             hidden_TH.stride(0), weight_VH.stride(0), columns,
-            H=hidden_TH.shape[1], DOT=dot_dtype(hidden_TH.dtype), ENTROPY=entropy, **tiles,
+            H=hidden_TH.shape[1], DOT=dot_dtype(hidden_TH.dtype), ENTROPY=entropy,
+            **tiles, **COMPILE,
         )  # fmt: skip
         grad_TH += grad_TC[:, :width] @ weight_VH[first : first + width]
         if wants_weight:
