@@ -137,10 +137,10 @@ class AdapterSlots:
         if isinstance(outcome, EngineRequestError):
             for request_id in adapter.waiting:
                 self._reports.append(Failed(request_id, outcome.kind, str(outcome), outcome.field))
-            self._remove(adapter, tell=adapter.state is AdapterState.ABANDONED)
+            self._remove(adapter)
             return
         if adapter.state is AdapterState.ABANDONED:
-            self._remove(adapter, tell=True)
+            self._remove(adapter)
             return
         adapter.state, adapter.outcome = AdapterState.READY, outcome
         for request_id in adapter.waiting:
@@ -223,11 +223,11 @@ class AdapterSlots:
 
     def _leave_if_unused(self, adapter: _Adapter) -> None:
         if adapter.state is AdapterState.LEAVING and adapter.num_requests == 0:
-            self._remove(adapter, tell=True)
+            self._remove(adapter)
 
-    def _remove(self, adapter: _Adapter, *, tell: bool) -> None:
+    def _remove(self, adapter: _Adapter) -> None:
         del self._adapters[adapter.job.adapter_id]
         self._on_free(adapter.job.slot)
         self._free.append(adapter.job.slot)
-        if tell:
-            self._reports.append(AdapterUnloaded(adapter.job.adapter_id))
+        # Also after a load that failed: somebody may have asked to unload it before.
+        self._reports.append(AdapterUnloaded(adapter.job.adapter_id))
