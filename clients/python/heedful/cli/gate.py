@@ -51,6 +51,8 @@ def explain(
         write(json_text(report) + "\n")
     elif report is None:
         write(f"{card.model.version} was never judged by the gate\n")
+        if told := gate_view.votes(card):
+            write(f"{told}\n")
     else:
         gate_view.explain(card, report)
 

@@ -46,6 +46,8 @@ def report_of(card: ModelCard) -> Json | None:
 def explain(card: ModelCard, report: Json) -> None:
     """Shows what the gate found, stage by stage, and what follows from it."""
     write(printable(summary(card, report)) + "\n")
+    if told := votes(card):
+        write(printable(told) + "\n")
     console = Console(highlight=False, markup=False)
     for stage in _mappings(report.get("stages")):
         name = str(stage.get("name", ""))
@@ -57,6 +59,22 @@ def explain(card: ModelCard, report: Json) -> None:
         checks = _mappings(stage.get("checks"))
         if checks:
             console.print(_table(checks))
+
+
+def votes(card: ModelCard) -> str:
+    """Returns how blind votes went so far as a sentence; empty where nobody voted."""
+    found = card.evidence.get("canary")
+    if not isinstance(found, Mapping) or not isinstance(found.get("wins"), int):
+        return ""
+    wins, losses, ties = (int(found.get(name) or 0) for name in ("wins", "losses", "ties"))
+    if not wins + losses + ties:
+        return ""
+    text = (
+        f"Blind votes so far: {wins} for it, {losses} for {found.get('other')}, {ties} for neither"
+    )
+    if interval := _interval(found.get("interval")):
+        text += f"; share {_number(found.get('win_rate'))}, 95 % interval {interval}"
+    return f"{text}. These are counts, not a proof."
 
 
 def summary(card: ModelCard, report: Json) -> str:

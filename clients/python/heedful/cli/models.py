@@ -21,9 +21,10 @@ from heedful.cli.connection import (
 )
 from heedful.cli.models_diff import diff
 from heedful.cli.options import JsonFlag
-from heedful.cli.output import stderr, write, write_json
+from heedful.cli.output import json_text, stderr, write, write_json
 from heedful.cli.programs import TRAINER, needed_program, run_program
 from heedful.errors import HeedfulError
+from heedful.model_types import Models
 from heedful.sync import Client
 
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the deployment log.")]
@@ -46,14 +47,17 @@ def list_versions(
     wait: WaitOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """List the versions of the project: alias, state, verdict, method, age and votes."""
+    """List the versions of the project: alias, state, verdict, method, age and votes.
+
+    'blind' counts votes on blind pairs: won, lost, neither.
+    """
     with ready_client(target, timeout, wait, "feedback") as client:
         models = client.list_models()
-        votes = _votes(client)
+        thumbs, blind = _thumbs(client), _blind_votes(client, models)
     if as_json:
-        write_json(models)
+        write(json_text(view.models_document(models, thumbs, blind)) + "\n")
     else:
-        view.show_models(models, votes)
+        view.show_models(models, thumbs, blind)
 
 
 def show(
@@ -151,10 +155,24 @@ def export(
     stderr().print(view.loading_hint(format_, output), style="dim", markup=False)
 
 
-def _votes(client: Client) -> dict[str, tuple[int, int]]:
+def _thumbs(client: Client) -> dict[str, tuple[int, int]]:
     """Returns thumbs up and down by version; nothing where the feedback may not be read."""
     try:
         summary = client.summarize_feedback()
     except HeedfulError:
         return {}
     return {item.key: (item.up, item.down) for item in summary.by_version}
+
+
+def _blind_votes(client: Client, models: Models) -> dict[str, tuple[int, int, int]]:
+    """Returns won, lost and neither for the versions that an alias points at."""
+    found = {}
+    for version in set(models.aliases.values()) - {"base"}:
+        try:
+            votes = client.get_model(version).evidence.get("canary") or {}
+        except HeedfulError:
+            continue
+        counts = (votes.get("wins", 0), votes.get("losses", 0), votes.get("ties", 0))
+        if any(counts):
+            found[version] = counts
+    return found

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.markdown import Markdown
@@ -16,6 +17,11 @@ from rich.table import Table
 
 from heedful.cli.output import json_text, printable, stderr, write, write_json
 from heedful.model_types import Deployment, ModelCard, Models, ModelVersion
+
+Thumbs: TypeAlias = Mapping[str, tuple[int, int]]
+"""Up and down by version."""
+BlindVotes: TypeAlias = Mapping[str, tuple[int, int, int]]
+"""Won, lost and neither by version."""
 
 _STATE_STYLES = {"champion": "bold green", "challenger": "yellow", "rejected": "red"}
 _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"))
@@ -48,7 +54,18 @@ def age(moment: datetime | None, now: datetime | None = None) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-def show_models(models: Models, votes: Mapping[str, tuple[int, int]]) -> None:
+def models_document(models: Models, thumbs: Thumbs, blind: BlindVotes) -> dict[str, Any]:
+    """Returns versions and their votes for JSON."""
+    document = dataclasses.asdict(models)
+    for item in document["versions"]:
+        up, down = thumbs.get(item["version"], (0, 0))
+        won, lost, neither = blind.get(item["version"], (0, 0, 0))
+        item["thumbs"] = {"up": up, "down": down}
+        item["blind_votes"] = {"won": won, "lost": lost, "neither": neither}
+    return document
+
+
+def show_models(models: Models, thumbs: Thumbs, blind: BlindVotes) -> None:
     """Shows versions as a table, newest first."""
     aliases: dict[str, list[str]] = {}
     for alias, version in models.aliases.items():
@@ -58,8 +75,9 @@ def show_models(models: Models, votes: Mapping[str, tuple[int, int]]) -> None:
         table.add_column(heading, no_wrap=True)
     table.add_column("up", justify="right")
     table.add_column("down", justify="right")
+    table.add_column("blind", justify="right", no_wrap=True)
     for item in models.versions:
-        up, down = votes.get(item.version, (0, 0))
+        up, down = thumbs.get(item.version, (0, 0))
         table.add_row(
             printable(item.version),
             ", ".join(sorted(aliases.get(item.version, ()))),
@@ -71,6 +89,7 @@ def show_models(models: Models, votes: Mapping[str, tuple[int, int]]) -> None:
             age(item.created),
             str(up or ""),
             str(down or ""),
+            ":".join(map(str, blind.get(item.version, ()))),
             style=_STATE_STYLES.get(item.state),
         )
     Console(highlight=False, markup=False).print(table)

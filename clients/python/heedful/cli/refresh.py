@@ -243,4 +243,4 @@ def _control(
     if as_json:
         write(json_text(view.document(refresh)) + "\n")
     else:
-        write(f"{view.in_words(refresh)}\n")
+        write(f"{view.after_control(action, refresh)}\n")

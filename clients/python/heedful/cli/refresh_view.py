@@ -22,7 +22,7 @@ from rich.table import Table
 
 from heedful.cli.models_view import age
 from heedful.cli.output import json_text, printable, stderr, write
-from heedful.model_types import Refresh
+from heedful.model_types import Refresh, RefreshAction
 
 STAGES = ("snapshot", "reward", "policy", "gate", "publish")
 _NAMES = {
@@ -183,6 +183,16 @@ def in_words(refresh: Refresh) -> str:
             )
         case _:
             return f"{version} is published; the gate was {refresh.verdict or 'not asked'}."
+
+
+def after_control(action: RefreshAction, refresh: Refresh) -> str:
+    """Returns what came of asking a run for something: it obeys at its next step."""
+    is_paused = refresh.status == "paused"
+    done = {"pause": is_paused, "resume": not is_paused, "stop": False}[action]
+    if done or refresh.is_over:
+        return in_words(refresh)
+    verb = {"pause": "pauses", "resume": "goes on", "stop": "stops"}[action]
+    return f"Run {refresh.run_id} {verb} at its next step."
 
 
 def next_commands(refresh: Refresh) -> tuple[str, ...]:
