@@ -200,14 +200,14 @@ class Loop:
         future.add_done_callback(lambda done: inbox.put(Read(adapter_id, done)))
 
     def _report(self, step_s: float, num_tokens: int) -> None:
-        deltas: list[Delta] = []
-        for report in self._engine.take_reports():
-            if isinstance(report, Delta):
-                deltas.append(report)
-            else:
-                self._channel.send(report)
+        reports = self._engine.take_reports()
+        deltas = [report for report in reports if isinstance(report, Delta)]
         stats = self._engine.stats(step_s, num_tokens, self._weight_bytes if num_tokens else 0)
+        # First, so that an adapter is said to be gone after the last words of its last request.
         self._channel.send(StepReport(deltas, stats))
+        for report in reports:
+            if not isinstance(report, Delta):
+                self._channel.send(report)
 
 
 def main() -> None:
