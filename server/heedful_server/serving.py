@@ -145,10 +145,11 @@ class Server:
         self._health = HealthService()
         self.keyring = Keyring(self.feedback.store, config.key_rule)
         self.comparing = self._make_comparing()
+        self.models = self._make_models(model)
         self._interceptor = CallInterceptor(
             self.metrics, self.keyring, self._quotas.requests, config.grpc.write_timeout_s
         )
-        self._grpc = self._make_grpc(model)
+        self._grpc = self._make_grpc()
         self._http: HttpServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._hurry = asyncio.Event()
@@ -225,7 +226,7 @@ class Server:
             model_name=model.name,
         )
 
-    def _make_grpc(self, model: ServedModel) -> grpc.aio.Server:
+    def _make_grpc(self) -> grpc.aio.Server:
         server = grpc.aio.server(
             interceptors=[self._interceptor],
             options=[
@@ -246,8 +247,7 @@ class Server:
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
         feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(self._make_feedback(reader), server)
-        models = self._make_models(model)
-        models_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
+        models_pb2_grpc.add_ModelServiceServicer_to_server(self.models, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._config.grpc.reflection:
             names = (INFERENCE, FEEDBACK, MODELS, HEALTH, reflection.SERVICE_NAME)

@@ -110,8 +110,6 @@ class Keeper:
         soft = set()
         for scope in self._directory.scopes():
             soft |= {policy.adapter_id for policy in self._directory.answering(scope)}
-            if (reward := self._directory.reward_model(scope)) is not None:
-                soft.add(reward.adapter_id)
             if (before := self._on_probation_after(scope)) is not None:
                 hard.add(before.adapter_id)
         self._residency.set_pins(hard, soft)
@@ -152,9 +150,9 @@ class Keeper:
         """Return what should be loaded, the most urgent first, as far as there are slots."""
         scopes = self._directory.scopes()
         answering = [self._directory.answering(scope) for scope in scopes]
-        wanted = [*self._leases.policies()]
-        wanted += [found[0] for found in answering if found]
+        wanted = [found[0] for found in answering if found]
         wanted += [policy for found in answering for policy in found[1:]]
+        wanted += self._leases.policies()
         wanted += [p for scope in scopes if (p := self._on_probation_after(scope)) is not None]
         wanted += [p for scope in scopes if (p := self._directory.reward_model(scope)) is not None]
         unique = {policy.adapter_id: policy for policy in wanted}

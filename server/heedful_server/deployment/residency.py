@@ -84,7 +84,7 @@ class Residency:
         return frozenset(self._engine.adapters)
 
     def set_pins(self, hard: Iterable[str], soft: Iterable[str]) -> None:
-        """Say which adapters are never evicted, and which only when there are no others."""
+        """Say which adapters are never evicted, and which only for others of their kind."""
         self._hard, self._soft = frozenset(hard), frozenset(soft)
 
     def hold(self, policy: ServedPolicy) -> Hold:
@@ -150,7 +150,7 @@ class Residency:
         try:
             await self.verify(policy)
             async with self._making_room:
-                await self._make_room()
+                await self._make_room(policy)
                 role = policy.role
                 await self._engine.load_adapter(policy.adapter_id, str(policy.path), role)
         except StoreError as error:
@@ -163,12 +163,12 @@ class Residency:
         elapsed_s = round(self._clock() - started_at_s, 3)
         log.info("adapter loaded", version=policy.version, elapsed_s=elapsed_s)
 
-    async def _make_room(self) -> None:
+    async def _make_room(self, policy: ServedPolicy) -> None:
+        # What only somebody wants loaded never displaces what a project answers with.
+        kept = self._hard if policy.adapter_id in self._soft else self._hard | self._soft
         while len(self._engine.adapters) >= self.max_adapters:
             idle = [
-                name
-                for name in self._engine.adapters
-                if name not in self._hard and not self._holds[name]
+                name for name in self._engine.adapters if name not in kept and not self._holds[name]
             ]
             if not idle:
                 raise QueueFull(

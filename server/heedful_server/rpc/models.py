@@ -16,6 +16,7 @@ from heedful_store import Scope, Store
 
 from heedful_server.deployment.adapters import AdapterDesk
 from heedful_server.deployment.parts import DeploymentParts
+from heedful_server.errors import Draining
 from heedful_server.feedback.access import scope_of
 from heedful_server.identity import DEPLOY, TRAIN, Caller
 from heedful_server.readiness import Readiness
@@ -136,7 +137,7 @@ class ModelService(ModelServiceServicer):
         """Stream the deployment log of a project."""
         _, scope = _who(request.project)
         after = deploy_rules.position(request.after_seq)
-        while not self._readiness.draining:
+        while True:
             page = await asyncio.to_thread(self._store.deployments, scope, after, _PAGE)
             for entry in page:
                 yield pb.WatchDeploymentsResponse(deployment=model_convert.deployment(entry))
@@ -146,6 +147,8 @@ class ModelService(ModelServiceServicer):
             if request.until_now:
                 return
             await self._directory.wait_change(_WATCH_S)
+            if self._readiness.draining:
+                raise Draining("the server is shutting down")
 
     async def LoadAdapter(
         self, request: pb.LoadAdapterRequest, context: Context
