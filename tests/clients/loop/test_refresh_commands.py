@@ -99,7 +99,7 @@ def test_control_watch_and_list_take_the_newest_run(run, planned):
     assert json.loads(run("refresh", "resume", "run-1", "--json").stdout)["status"] == "running"
     assert "v1 is safe to try" in run("refresh", "watch").stdout
     listed = run("refresh", "list").stdout.splitlines()
-    assert listed[1].split()[:4] == ["run-1", "refresh", "auto", "finished"]
+    assert listed[1].split()[:5] == ["run-1", "finished", "auto", "v1:", "inconclusive"]
     assert json.loads(run("refresh", "list", "--json").stdout)[0]["verdict"] == "inconclusive"
 
 

@@ -216,7 +216,7 @@ def test_a_run_that_a_trainer_works_on(run, running):
     watched = run("refresh", "watch")
     timer.join()
     assert watched.stdout == "No new version came of it. All votes were ties.\n"
-    assert run("refresh", "list").stdout.splitlines()[1].split()[3] == "finished"
+    assert run("refresh", "list").stdout.splitlines()[1].split()[1] == "finished"
 
 
 def test_pausing_and_stopping_reach_the_run(run, running):

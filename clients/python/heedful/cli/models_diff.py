@@ -129,7 +129,7 @@ def show(found: Difference) -> None:
     console = Console(highlight=False, markup=False)
     write(f"> {found.prompt}\n")
     if found.is_same:
-        names = " and ".join(answer.version for answer in found.answers)
+        names = " and ".join(dict.fromkeys(answer.version for answer in found.answers))
         write(f"[{names}] {found.answers[0].text}\n\n")
     elif sys.stdout.isatty() and console.width >= _MIN_TABLE_WIDTH:
         table = Table(expand=True, show_lines=False)

@@ -83,6 +83,8 @@ class _Lines:
         self._last = ""
 
     def show(self, refresh: Refresh) -> None:
+        if refresh.is_over:
+            return
         stage = _NAMES.get(refresh.stage, refresh.stage)
         line = stage if refresh.status == "running" else f"{stage}: {refresh.status}"
         if line == self._last:
@@ -227,15 +229,15 @@ def show_end(refresh: Refresh) -> None:
 def show_runs(runs: Sequence[Refresh]) -> None:
     """Shows runs as a table, newest first."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("run", "kind", "method", "status", "stage", "done", "candidate", "verdict"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("started", justify="right", no_wrap=True)
-    table.add_column("problem", overflow="fold")
+    table.add_column("run", no_wrap=True)
+    for heading in ("state", "method", "result", "age"):
+        table.add_column(heading, overflow="fold")
     for run in runs:
-        done = "" if run.is_over else f"{run.stage_progress:.0%}"
-        ago = f"{age(run.started)} ago" if run.started else ""
+        at = "" if run.is_over else f", {run.stage} {run.stage_progress:.0%}"
+        kind = "" if run.kind in ("", "refresh") else f"{run.kind} "
+        result = ": ".join(filter(None, (run.candidate_version, run.verdict))) or run.error
         table.add_row(
-            *(run.run_id, run.kind, run.method, run.status, run.stage, done),
-            *(run.candidate_version, run.verdict, ago, printable(run.error)),
+            *(run.run_id, f"{kind}{run.status}{at}", run.method),
+            *(printable(result), age(run.started)),
         )
     Console(highlight=False, markup=False).print(table)
