@@ -80,7 +80,7 @@ def test_as_json_it_says_that_the_rater_is_simulated(demo, loop):
 def test_what_failed_the_gate_is_not_promoted(demo, loop):
     plan(loop, "fail")
     done = demo()
-    assert "it is not promoted: heedful gate explain v1" in done.stdout
+    assert "it is not promoted: HEEDFUL_PROJECT=demo-brief heedful gate explain v1" in done.stdout
     assert loop.log == []
 
 

@@ -177,7 +177,8 @@ def _decide(telling: Telling, refresh: Refresh) -> None:
     version = refresh.candidate_version
     if refresh.verdict == "fail":
         telling.say(
-            f"{version} failed the gate, so it is not promoted: heedful gate explain {version}"
+            f"{version} failed the gate, so it is not promoted: "
+            f"HEEDFUL_PROJECT={telling.story.project} heedful gate explain {version}"
         )
         return
     with telling.chapter("promote", f"Promote {version}"):

@@ -14,6 +14,7 @@ import typer
 
 from heedful.cli import refresh_view as view
 from heedful.cli import trainer_process
+from heedful.cli.connection import project
 from heedful.cli.output import ExitCode, fail, stderr
 from heedful.errors import AlreadyExists
 from heedful.model_types import Refresh
@@ -43,7 +44,7 @@ def begin(client: Client, method: MethodChoice, overrides: dict[str, str]) -> Re
         run = client.start_refresh(method.value, overrides=overrides)
     except AlreadyExists:
         unfinished = next((run for run in client.list_refreshes() if not run.is_over), None)
-        hint = f"Watch it with: heedful refresh watch {unfinished.run_id}" if unfinished else ""
+        hint = _ways_out(client, unfinished.run_id) if unfinished else ""
         raise fail("a refresh of this project has not ended yet", ExitCode.FAILED, hint) from None
     stderr().print(f"run {run.run_id}", style="dim", markup=False)
     return run
@@ -72,7 +73,9 @@ def attend(
             markup=False,
         )
         return None
-    stderr().print(f"trainer started, its log: {worker.log}", style="dim", markup=False)
+    stderr().print(
+        f"trainer started, its log: {worker.log}", style="dim", markup=False, soft_wrap=True
+    )
     return worker
 
 
@@ -99,11 +102,23 @@ def watch_run(
                 elif worker is not None and worker.failure():
                     break
     except KeyboardInterrupt:
-        stderr().print(f"\nThe run goes on. Come back with: heedful refresh watch {run_id}")
+        back = _typed(client, "watch", run_id)
+        stderr().print(f"\nThe run goes on. Come back with: {back}", soft_wrap=True)
         raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
     if worker is not None and not last.is_over and (failure := worker.failure()):
-        raise fail("the trainer died", ExitCode.FAILED, failure)
+        raise fail("the trainer died", ExitCode.FAILED, f"{failure}\n{_ways_out(client, run_id)}")
     return last
+
+
+def _ways_out(client: Client, run_id: str) -> str:
+    watch, stop = _typed(client, "watch", run_id), _typed(client, "stop", run_id)
+    return f"Watch it: {watch}\nEnd it: {stop}"
+
+
+def _typed(client: Client, command: str, run_id: str) -> str:
+    """Returns what to type here, where the client may be in another project than the terminal."""
+    elsewhere = "" if client.project == project() else f"HEEDFUL_PROJECT={client.project} "
+    return f"{elsewhere}heedful refresh {command} {run_id}"
 
 
 def changes(client: Client, run_id: str) -> Iterator[Refresh | None]:
