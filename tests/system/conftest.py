@@ -114,9 +114,11 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable:
         port: int = 0,
         quantize: str = "int4",  # which the native kernels take, where they are built
         wait_ready: bool = True,
+        failpoints: str = "",
     ) -> Iterator[ServerProcess]:
         directory = tmp_path_factory.mktemp("server")
         environ = {k: v for k, v in os.environ.items() if not k.startswith("HEEDFUL_")}
+        environ["HEEDFUL_FAILPOINTS"] = failpoints
         command = [sys.executable, "-P", "-m", "heedful_server.main", "serve"]
         command += ["--model", str(model), "--home", str(home or directory / "home")]
         command += ["--quantize", quantize]
