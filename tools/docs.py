@@ -26,6 +26,10 @@ from heedful_server.config import ENV_PREFIX, ServerConfig, settings
 from heedful_server.main import app as server_app
 from heedful_server.metrics import Metrics
 from heedful_server.security.method_scopes import ANY_KEY, METHOD_SCOPES
+from heedful_trainer.config import TrainerConfig
+from heedful_trainer.config_sources import ENV_PREFIX as TRAINER_PREFIX
+from heedful_trainer.config_sources import settings as trainer_settings
+from heedful_trainer.main import app as trainer_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.metrics import MetricWrapperBase
 
@@ -61,7 +65,32 @@ def configuration_page() -> str:
         name = ENV_PREFIX + path.upper().replace(".", "__")
         cells = (f"`{path}`", f"`{_shown(value)}`", _allowed(allowed), f"`{name}`", description)
         lines.append(_row(cells))
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *_trainer_settings(), ""])
+
+
+def _trainer_settings() -> list[str]:
+    schema = TrainerConfig.model_json_schema()
+    lines = [
+        "",
+        "## The trainer",
+        "",
+        "The table `[trainer]` of the same file, and what is below it. `heedful-trainer --set",
+        "PATH=VALUE` sets anything, `heedful refresh --set PATH=VALUE` for one run. Home, store",
+        "and profile are the server's.",
+        "",
+        "| setting | default | allowed | environment | what it does |",
+        "|---|---|---|---|---|",
+    ]
+    defaults = TrainerConfig().model_dump(mode="json")
+    for path, description in trainer_settings():
+        value, allowed = defaults, schema
+        for part in path.split("."):
+            value = value[part]
+            allowed = _resolve(allowed, schema)["properties"][part]
+        name = TRAINER_PREFIX + path.upper().replace(".", "__")
+        cells = (f"`{path}`", f"`{_shown(value)}`", _allowed(allowed), f"`{name}`", description)
+        lines.append(_row(cells))
+    return lines
 
 
 def metrics_page() -> str:
@@ -119,7 +148,12 @@ def cli_page() -> str:
 
 def commands() -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield the words and the command of everything that can be run."""
-    for name, app in (("heedful", build_app()), ("heedful-server", server_app)):
+    programs = (
+        ("heedful", build_app()),
+        ("heedful-server", server_app),
+        ("heedful-trainer", trainer_app),
+    )
+    for name, app in programs:
         yield from _walk((name,), typer.main.get_command(app))
 
 

@@ -16,7 +16,7 @@ from heedful.cli import refresh_view as view
 from heedful.cli import trainer_process
 from heedful.cli.connection import project
 from heedful.cli.output import ExitCode, fail, stderr
-from heedful.errors import AlreadyExists
+from heedful.errors import AlreadyExists, Unavailable
 from heedful.model_types import Refresh
 from heedful.sync import Client
 
@@ -105,6 +105,9 @@ def watch_run(
         back = _typed(client, "watch", run_id)
         stderr().print(f"\nThe run goes on. Come back with: {back}", soft_wrap=True)
         raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
+    except Unavailable:
+        stderr().print(f"Come back with: {_typed(client, 'watch', run_id)}", soft_wrap=True)
+        raise
     if worker is not None and not last.is_over and (failure := worker.failure()):
         raise fail("the trainer died", ExitCode.FAILED, f"{failure}\n{_ways_out(client, run_id)}")
     return last
