@@ -142,3 +142,38 @@ def add_answer(store: Store) -> AddAnswer:
 @pytest.fixture
 def make_pairs() -> Callable[..., list[Example]]:
     return pair_examples
+
+
+@pytest.fixture
+def log_pairs() -> Callable[..., None]:
+    """Fill a store with blind comparisons of a rater who likes one token."""
+    from heedful_store import FeedbackEvent, Ranking
+
+    def fill(store: Store, count: int, *, ties: bool = False, prefix: str = "") -> None:
+        for example in pair_examples(count, seed=len(prefix)):
+            names = []
+            for answer in example.answers:
+                text = f"{prefix}{chr(97 + example.seq % 26) * (example.seq // 26 + 1)}"
+                payload = CompletionPayload(
+                    prompt_ids=example.prompt, completion_ids=answer.ids, prompt_text=text
+                )
+                names.append(uuid7())
+                store.append_completion(
+                    Completion(
+                        completion_id=names[-1],
+                        scope=Scope(),
+                        policy_version="base",
+                        created_at_ms=1,
+                        base_id=BASE_ID,
+                        template_hash=TEMPLATE,
+                        payload=payload,
+                    )
+                ).result()
+            best, worst = names if example.ranks == (0, 1) else names[::-1]
+            groups = ((best, worst),) if ties else ((best,), (worst,))
+            event = FeedbackEvent(
+                feedback_id=uuid7(), scope=Scope(), judgement=Ranking(groups), rater_id="ann"
+            )
+            store.append_feedback(event).result()
+
+    return fill

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+from heedful_store import Failpoints
 from safetensors.torch import load_file, save_file
 from torch import Tensor, uint8
 
@@ -36,8 +37,9 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of one stage, in one directory; the newest is kept."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, failpoints: Failpoints | None = None) -> None:
         self._directory = directory
+        self._failpoints = failpoints or Failpoints()
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint durably, then remove older ones."""
@@ -56,6 +58,7 @@ class CheckpointStore:
         (temp / _META).write_text(json.dumps(meta, sort_keys=True))
         for name in (_TENSORS, _META):
             _fsync(temp / name)
+        self._failpoints.hit("trainer_checkpoint_written")
         # A step that is saved twice (a pause, then the interval) is the same state.
         shutil.rmtree(final, ignore_errors=True)
         temp.rename(final)

@@ -37,7 +37,8 @@ def test_it_learns_pairs_and_reports_beside_the_length_baseline(
 ) -> None:
     examples = make_pairs(150)
     result = train(backbone, examples, config, tmp_path)
-    report = report_on_reward(result.model, parts(examples)["gate"])
+    gate = parts(examples)["gate"]
+    report = report_on_reward(result.model, unbiased=gate, unseen=gate)
     assert report["accuracy"]["n"] == 30
     assert report["accuracy"]["value"] > 0.85 > report["length_only_accuracy"]
     assert report["by_source"]["comparison"] == report["accuracy"]
@@ -97,7 +98,8 @@ def test_rankings_with_ties_thumbs_and_corrections_in_one_objective(
         )
     result = train(backbone, [*examples, *more], config, tmp_path)
     assert result.log_nu is not None
-    report = report_on_reward(result.model, parts([*examples, *more])["train"])
+    learned = parts([*examples, *more])["train"]
+    report = report_on_reward(result.model, unbiased=learned, unseen=[])
     assert report["ties"] == 8  # those of the training part
     assert set(report["by_source"]) == {"comparison", "correction"}
     assert report["accuracy_without_corrections"]["n"] < report["accuracy"]["n"]

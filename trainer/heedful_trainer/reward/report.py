@@ -18,9 +18,18 @@ from heedful_trainer.reward.pairs import RewardPair, score_pairs
 _LENGTH_BUCKETS = ((0, 32), (32, 128), (128, 1 << 30))  # tokens of the longer answer
 
 
-def report_on_reward(model: RewardModel, held_out: Sequence[Group]) -> dict[str, Any]:
-    """Return the report as plain JSON values; a figure without data is None."""
-    pairs = score_pairs(model, held_out)
+def report_on_reward(
+    model: RewardModel, *, unbiased: Sequence[Group], unseen: Sequence[Group]
+) -> dict[str, Any]:
+    """Return the report as plain JSON values; a figure without data is None.
+
+    Args:
+        model: the trained model.
+        unbiased: what neither training nor its end looked at; the temperature may have, since it
+            changes no order.
+        unseen: the part of it that the temperature was not fitted on either.
+    """
+    pairs = score_pairs(model, unbiased)
     decided = [pair for pair in pairs if pair.outcome != 0.5]
     without_corrections = [pair for pair in decided if pair.source != "correction"]
     sources = sorted({pair.source for pair in decided})
@@ -35,8 +44,8 @@ def report_on_reward(model: RewardModel, held_out: Sequence[Group]) -> dict[str,
             for low, high in _LENGTH_BUCKETS
         },
         "length_only_accuracy": _length_only(decided),
-        "length_correlation": _length_correlation(model, held_out),
-        "calibration": _calibration(pairs, model.heads.temperature),
+        "length_correlation": _length_correlation(model, unbiased),
+        "calibration": _calibration(score_pairs(model, unseen), model.heads.temperature),
         "temperature": model.heads.temperature,
         "head_error_correlation": _head_errors(decided, model.heads.temperature),
         "ties": len(pairs) - len(decided),

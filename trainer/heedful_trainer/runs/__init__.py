@@ -1,0 +1,1 @@
+"""Refresh runs: leased from the store, worked on stage by stage, resumed after a kill."""
