@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from heedful.cli import up as up_command
 from heedful.cli.supervisor import Command, Supervisor
 
 MAIN = "from heedful.cli import main; main()"
@@ -184,3 +185,17 @@ def test_without_the_trainer_it_says_what_to_install(programs, tmp_path):
     )
     assert done.returncode == 1
     assert "pip install 'heedful[train]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ('{"event": "ready", "level": "info", "timestamp": "t", "port": 1}', "ready  port=1"),
+        ('{"event": "no disk", "level": "error"}', "error: no disk"),
+        ("plain text", "plain text"),
+        ('{"no": "event"}', '{"no": "event"}'),
+        ("17", "17"),
+    ],
+)
+def test_lines_of_a_json_log_are_made_readable(line, shown):
+    assert up_command.readable(line) == shown

@@ -5,6 +5,7 @@ programs: nothing of them is imported.
 """
 
 import asyncio
+import json
 import math
 import os
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from heedful.client import AsyncClient
 
 _STYLES = {"server": "cyan", "trainer": "magenta", "heedful": "bold"}
 _NAME_WIDTH = 7
+_OMITTED = ("event", "level", "timestamp")
 
 
 def up(
@@ -85,22 +87,39 @@ def emitter(as_json: bool) -> Callable[[str, str], None]:
 
     def emit(name: str, line: str) -> None:
         head = Text(f"{name:<{_NAME_WIDTH}} │ ", style=_STYLES.get(name, ""))
-        console.print(head.append(printable(line), style="default"))
+        console.print(head.append(printable(readable(line)), style="default"))
 
     return emit
+
+
+def readable(line: str) -> str:
+    """Returns a line of a JSON log for people, any other line as it is."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return line
+    if not isinstance(entry, dict) or "event" not in entry:
+        return line
+    level = str(entry.get("level", "info"))
+    text = str(entry["event"]) if level == "info" else f"{level}: {entry['event']}"
+    fields = (f"{name}={value}" for name, value in entry.items() if name not in _OMITTED)
+    return "  ".join([text, *fields])
 
 
 async def _run(
     serving: list[str], watching: list[str], target: str, emit: Callable[[str, str], None]
 ) -> int:
-    async with AsyncClient(target, api_key=api_key(), tls=tls()) as client:
-        supervisor = Supervisor(
-            Command("server", serving, os.environ),
-            Command("trainer", watching, environment()),
-            lambda: client.wait_ready(math.inf),
-            emit,
-        )
-        try:
-            return await supervisor.run()
-        except OSError as error:
-            raise fail(f"cannot start: {error}", ExitCode.FAILED) from None
+    async def until_ready() -> None:
+        async with AsyncClient(target, api_key=api_key(), tls=tls()) as client:
+            await client.wait_ready(math.inf)
+
+    supervisor = Supervisor(
+        Command("server", serving, os.environ),
+        Command("trainer", watching, environment()),
+        until_ready,
+        emit,
+    )
+    try:
+        return await supervisor.run()
+    except OSError as error:
+        raise fail(f"cannot start: {error}", ExitCode.FAILED) from None
