@@ -65,7 +65,8 @@ async def test_sampling_is_equal_for_both_and_never_truncated(
 ) -> None:
     sampler = ScriptedSampler({inputs.candidate_model: GOOD, "base": BASE})
     await run_gate(inputs, sampler, [ScriptedJudge(likes_good)], settings)
-    golden, ours, theirs = sampler.drawn
+    golden, golden_base, ours, theirs = sampler.drawn
+    assert golden[1:] == golden_base[1:]
     assert golden[1].temperature == 0.0
     assert ours[1:] == theirs[1:]
     assert ours[1].temperature == 1.0
@@ -172,6 +173,19 @@ async def test_an_empty_answer_fails_integrity_first(
     assert failed(report) == {"golden prompts answered"}
     assert [stage.name for stage in report.stages] == ["integrity", "promotion"]
     assert not report.overridable
+
+
+async def test_a_base_that_never_ends_is_not_held_against_the_candidate(
+    inputs: GateInputs, settings: GateSettings
+) -> None:
+    endless_base = dataclasses.replace(BASE, ended=False)
+    sampler = ScriptedSampler(
+        {inputs.candidate_model: dataclasses.replace(GOOD, ended=False), "base": endless_base}
+    )
+    report = await run_gate(inputs, sampler, [ScriptedJudge(likes_good)], settings)
+    assert report.check("golden prompts end").verdict == "pass"
+    assert report.check("end token").verdict == "skipped"
+    assert report.verdict == "pass", explain(report)
 
 
 async def test_safety_cannot_be_overridden_and_taste_can(

@@ -63,9 +63,11 @@ async def answer_checks(
     probes = settings.probes
     draw = Draw(0.0, probes.golden_max_tokens, settings.sampling.seed)
     prompts = [[heedful.Message("user", text)] for text in assets.golden_prompts()]
-    checks = golden_checks(
-        await sampler.answer(inputs.candidate_model, prompts, draw), probes.min_golden_ended
+    ours, theirs = await asyncio.gather(
+        sampler.answer(inputs.candidate_model, prompts, draw),
+        sampler.answer(inputs.base_model, prompts, draw),
     )
+    checks = golden_checks(ours, theirs, probes.min_golden_ended)
     if not inputs.must_pass_path:
         return [*checks, Check("must-pass", "skipped", detail="no prompts were given")]
     path = Path(inputs.must_pass_path)
@@ -77,32 +79,41 @@ async def answer_checks(
     return [*checks, must_pass_check(rules, answers)]
 
 
-def golden_checks(answers: Sequence[Answer], min_ended: float) -> list[Check]:
-    """Return whether short questions are answered, and answers to them end."""
+def golden_checks(
+    answers: Sequence[Answer], base: Sequence[Answer], min_ended: float
+) -> list[Check]:
+    """Return whether short questions are answered, and answers to them end.
+
+    A base that cannot do so itself is not held against the candidate: the limits fall to its share.
+    """
     n = len(answers)
-    empty = sum(text_measures.is_degenerate(answer.text) for answer in answers)
-    ended = wilson(sum(answer.ended for answer in answers), n)
+    answered, ended = _answered(answers), wilson(sum(answer.ended for answer in answers), n)
+    base_answered, base_ended = _answered(base), sum(answer.ended for answer in base) / len(base)
     return [
         Check(
             "golden prompts answered",
-            "pass" if not empty else "fail",
-            value=(n - empty) / n,
-            limit=1.0,
+            "pass" if answered >= base_answered else "fail",
+            value=answered,
+            limit=base_answered,
             n=n,
-            detail=f"{empty} of {n} answers hold no word",
+            detail="share with a word or a number in it; the limit is what the base manages",
             overridable=False,
         ),
         Check(
             "golden prompts end",
-            "pass" if ended.value >= min_ended else "fail",
+            "pass" if ended.value >= min(min_ended, base_ended) else "fail",
             value=ended.value,
-            limit=min_ended,
+            limit=min(min_ended, base_ended),
             n=n,
             interval=(ended.low, ended.high),
-            detail="share that ends by itself, greedily",
+            detail=f"share that ends by itself, greedily; the base's is {base_ended:.0%}",
             overridable=False,
         ),
     ]
+
+
+def _answered(answers: Sequence[Answer]) -> float:
+    return sum(not text_measures.is_degenerate(item.text) for item in answers) / len(answers)
 
 
 def _finite(path: Path) -> Check:

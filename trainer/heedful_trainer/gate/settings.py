@@ -96,7 +96,7 @@ class ProbeSettings(_Settings):
     golden_max_tokens: int = Field(default=256, ge=16)
     """Budget in which the golden prompts must end, greedily."""
     min_golden_ended: float = Field(default=0.8, ge=0, le=1)
-    """Share of the golden prompts that end by themselves; every one must be non-empty."""
+    """Share of the golden prompts that end by themselves, or the base's share if that is less."""
     must_pass_max_tokens: int = Field(default=256, ge=1)
     """Budget of a must-pass prompt that names none."""
 
