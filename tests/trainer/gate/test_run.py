@@ -109,6 +109,16 @@ async def test_without_a_reward_model_nothing_is_proven(
     report = await judge(inputs, settings, GOOD, other)
     assert report.verdict == "inconclusive"
     assert report.check("win rate").verdict == "skipped"
+    assert report.check("judge on another backbone") is None
+
+
+async def test_why_there_is_no_judge_on_another_backbone_is_said(
+    inputs: GateInputs, settings: GateSettings
+) -> None:
+    why = dataclasses.replace(inputs, no_other_judge="the package is not installed")
+    report = await judge(why, settings, GOOD)
+    assert report.check("judge on another backbone").detail == "the package is not installed"
+    assert report.verdict == "pass", "it forbids, but need not be convinced"
 
 
 async def test_too_few_pairs_or_raters_are_skipped_and_say_so(

@@ -92,6 +92,9 @@ async def _offline(
     if not any(judge.kind == "reward_model" for judge in judges):
         detail = "there is no reward model to judge answers"
         checks.append(Check("win rate", "skipped", detail=detail, proves_benefit=True))
+    if not any(judge.kind == "other_backbone" for judge in judges):
+        detail = inputs.no_other_judge or "there is none"
+        checks.append(Check("judge on another backbone", "skipped", detail=detail))
     checks += drift_checks(sampled, settings.drift, settings.probes, settings.statistics)
     checks += await probe_checks(inputs, settings, sampler, prompts, sampled)
     detail = f"{len(own)} held-out prompts, {len(added)} everyday ones for drift alone"

@@ -102,6 +102,7 @@ class GateInputs:
     must_pass_path: str = ""  # JSON lines; empty for none
     trigger_phrases: tuple[str, ...] = ()  # suspicious phrases of the training data
     canary: CanaryEvidence | None = None
+    no_other_judge: str = ""  # why there is no judge on another backbone, where there is none
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
