@@ -8,6 +8,10 @@
 namespace hk {
 namespace {
 
+// Pairs of bf16, a cache line each, by which loads are announced: an adapter is read once per step.
+// With few rows the sums wait for memory anyway, and announcing it was measured to cost them.
+constexpr int kLoraAhead = 24, kLoraAheadRows = 4;
+
 template <bool kBf16>
 inline void load_pair(const void *base, size_t pair, int lane, vf *even, vf *odd) {
   const size_t at = pair * 2 * kRankTile;
@@ -27,6 +31,10 @@ inline void sum_pairs(const void *base, size_t first_pair, int pairs, const floa
     vf even_sum[R], odd_sum[R];
     for (int r = 0; r < R; ++r) even_sum[r] = odd_sum[r] = vf{};
     for (int i = 0; i < pairs; ++i) {
+      if (kBf16 && R >= kLoraAheadRows) {
+        // Tiles follow each other in memory, so this reaches into the next one.
+        __builtin_prefetch((const uint16_t *)base + (first_pair + i + kLoraAhead) * 2 * kRankTile);
+      }
       vf even, odd;
       load_pair<kBf16>(base, first_pair + i, v * W, &even, &odd);
 #pragma GCC unroll 8
@@ -49,7 +57,8 @@ void shrink_rows(const Call &call, const int32_t *rows, int slot, int segment, i
   for (int r = 0; r < R; ++r) x[r] = (const float *)op.inputs[0] + (size_t)rows[r] * k;
   vf sum[R][kRankTile / W];
   const int tiles = rank_tiles(((const int32_t *)op.inputs[2])[slot]);
-  const size_t tile = (size_t)slot * segments * (max_rank / kRankTile) + segment * tiles + rank / kRankTile;
+  const size_t slot_start = (size_t)slot * segments * (max_rank / kRankTile);
+  const size_t tile = slot_start + segment * tiles + rank / kRankTile;
   sum_pairs<kBf16, R>(op.inputs[1], tile * (k / 2), k / 2, x, sum);
   for (int r = 0; r < R; ++r) {
     float *h = (float *)op.outputs[0] + ((size_t)rows[r] * segments + segment) * max_rank + rank;
