@@ -212,6 +212,11 @@ class DeploymentSettings(SettingGroup):
         default="approve",
         description='Who promotes: "auto": the gate, "approve": a person, "shadow": nobody.',
     )
+    canary: bool = Field(
+        default=True,
+        description="Whether a new version that did not fail the gate becomes challenger: blind "
+        "comparisons then show its answers beside the champion's.",
+    )
     probation_s: float = Field(
         default=3600.0,
         ge=0,

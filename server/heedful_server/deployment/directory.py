@@ -139,6 +139,22 @@ class PolicyDirectory:
                 found.append(self.served(policy))
         return found
 
+    def next_challenger(self, scope: Scope) -> PolicyVersion | None:
+        """Return the newest judged candidate that is newer than champion and challenger, if any.
+
+        One that a promotion or a roll-back passed over does not rise any more.
+        """
+        move = self.last_move(scope)
+        since_ms = move.at_ms if move is not None else 0
+        if (now := self.policy(scope, self.alias(scope, CHALLENGER) or "")) is not None:
+            since_ms = max(since_ms, now.created_at_ms)
+        for policy in self.policies(scope):
+            is_judged = policy.verdict not in ("", "fail") and policy.tainted_at_ms is None
+            is_ours = policy.role == "policy" and policy.base_id == self.base_id
+            if policy.state == "candidate" and is_judged and is_ours:
+                return policy if policy.created_at_ms > since_ms else None
+        return None
+
     def version_of(self, adapter_id: str) -> str:
         """Return a name for an adapter, for people; empty for one that is not in the registry."""
         for versions in self._snapshot.policies.values():

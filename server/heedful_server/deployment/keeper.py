@@ -41,6 +41,7 @@ class KeeperSettings:
     probation_s: float
     limits: ProbationLimits
     taint_deadline_s: float
+    canary: bool
 
 
 class Keeper:
@@ -102,6 +103,9 @@ class Keeper:
         self._load_needed()
         for scope in self._directory.scopes():
             await self._watch(scope)
+            candidate = self._directory.next_challenger(scope) if self._settings.canary else None
+            if candidate is not None:
+                await self._promotions.challenge(scope, candidate)
         await self._count()
 
     def pin(self) -> None:

@@ -67,7 +67,12 @@ def make_deployment(
         promotions,
         observations,
         metrics,
-        KeeperSettings(settings.probation_s, limits, settings.taint_deadline_s),
+        KeeperSettings(
+            settings.probation_s,
+            limits,
+            settings.taint_deadline_s,
+            canary=settings.canary and settings.mode != "shadow",
+        ),
     )
     door = PolicyDoor(directory, residency, leases)
     return DeploymentParts(directory, residency, leases, observations, promotions, door, keeper)

@@ -29,7 +29,7 @@ from heedful_server.deployment import evidence
 from heedful_server.deployment.directory import PolicyDirectory
 from heedful_server.deployment.observing import Observations
 from heedful_server.deployment.residency import Residency
-from heedful_server.deployment.served import BASE, CHAMPION, ServedPolicy
+from heedful_server.deployment.served import BASE, CHALLENGER, CHAMPION, ServedPolicy
 from heedful_server.deployment.votes import count_votes
 from heedful_server.errors import EngineUnavailable, PreconditionFailed
 
@@ -131,6 +131,27 @@ class Promotions:
                 expected_version=champion,
             )
             return await self._follow(moved)
+
+    async def challenge(self, scope: Scope, policy: PolicyVersion) -> Deployment:
+        """Make a version the challenger, instead of the one there is.
+
+        Raises StoreError where that could not be recorded, or another server was faster.
+        """
+        async with self._turns[scope]:
+            moved = await self._store.move_alias(
+                scope,
+                self._directory.base_id,
+                CHALLENGER,
+                policy.version,
+                action="canary",
+                actor="server",
+                verdict=policy.verdict,
+                reason="the newest version that did not fail the gate",
+                expected_version=self._directory.alias(scope, CHALLENGER),
+            )
+            await self._directory.refresh()
+        log.info("challenger", project=scope.project, version=policy.version)
+        return moved
 
     async def known_about(
         self, scope: Scope, policy: PolicyVersion

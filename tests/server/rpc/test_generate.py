@@ -240,10 +240,9 @@ async def test_names_of_the_base_are_served(stub, name):
     assert (await stub.Generate(request)).served_by.policy_version == "base"
 
 
-@pytest.mark.parametrize(("field", "name"), [("model", "v7"), ("project", "other")])
-async def test_unknown_names_are_not_found(stub, field, name):
+async def test_unknown_models_are_not_found(stub):
     request = text_request()
-    setattr(request, field, name)
-    with pytest.raises(grpc.aio.AioRpcError, match=name) as caught:
+    request.model = "v7"
+    with pytest.raises(grpc.aio.AioRpcError, match="v7") as caught:
         await stub.Generate(request)
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND

@@ -31,6 +31,13 @@ def tensors(**shapes: tuple[int, ...]) -> bytes:
 
 
 @pytest.fixture
+def config(config: ServerConfig) -> ServerConfig:
+    """Versions stay what a test makes of them; test_canary.py turns this on again."""
+    deployment = config.deployment.model_copy(update={"canary": False})
+    return config.model_copy(update={"deployment": deployment})
+
+
+@pytest.fixture
 def write_adapter(server: Server) -> Callable[..., str]:
     """Write a sealed adapter directory of the served base; return its content hash."""
 
