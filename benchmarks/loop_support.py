@@ -9,7 +9,8 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import heedful
+from heedful_trainer.gate import Answer, Draw, Sampler
+from heedful_trainer.gate.sampler import ScoreItem
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -56,6 +59,37 @@ def loop_server(
         finally:
             process.terminate()
             process.wait(_STOP_S)
+
+
+class RememberingSampler:
+    """A sampler that asks the server for nothing twice."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self._answers: dict[object, list[Answer]] = {}
+        self._scores: dict[object, list[tuple[float, ...]]] = {}
+
+    async def answer(
+        self, model: str, prompts: Sequence[heedful.Prompt], draw: Draw
+    ) -> list[Answer]:
+        """Return answers."""
+        key = (model, repr(prompts), draw)
+        if key not in self._answers:
+            self._answers[key] = await self._sampler.answer(model, prompts, draw)
+        return self._answers[key]
+
+    async def score(self, model: str, items: Sequence[ScoreItem]) -> list[tuple[float, ...]]:
+        """Return log-probs."""
+        key = (model, repr(items))
+        if key not in self._scores:
+            self._scores[key] = await self._sampler.score(model, items)
+        return self._scores[key]
+
+    def forget(self, model: str) -> None:
+        """Drop what a candidate said."""
+        for kept in (self._answers, self._scores):
+            for key in [key for key in kept if key[0] == model]:  # type: ignore[index]
+                del kept[key]  # type: ignore[arg-type]
 
 
 def program(name: str) -> Path:
@@ -99,8 +133,6 @@ def say(text: str) -> None:
 
 def _wait_target(process: "subprocess.Popen[bytes]", log: Path) -> str:
     """Return the port that the server logged, or end with its log."""
-    import time
-
     end_s = time.monotonic() + _READY_S
     while time.monotonic() < end_s and process.poll() is None:
         for line in log.read_text(errors="replace").splitlines():

@@ -25,7 +25,6 @@ from typing import Any
 import heedful
 from heedful_trainer.backbone import Backbone, BackboneOptions, load_backbone
 from heedful_trainer.gate import (
-    Answer,
     Draw,
     FeedbackCounts,
     GateInputs,
@@ -45,6 +44,7 @@ from heedful_trainer.simulation.tastes import score
 from loop_support import (
     DEFAULT_MODEL,
     LoopServer,
+    RememberingSampler,
     loop_server,
     model_path,
     program,
@@ -70,37 +70,6 @@ MAX_TOKENS = 96  # of the answers that candidates and pairs are made from
 NUM_MATERIAL = 64
 LEASE_S = 3600
 FOOLED_MARGIN = 1.0
-
-
-class RememberingSampler:
-    """A sampler that asks the server for nothing twice."""
-
-    def __init__(self, sampler: ServerSampler) -> None:
-        self._sampler = sampler
-        self._answers: dict[object, list[Answer]] = {}
-        self._scores: dict[object, list[tuple[float, ...]]] = {}
-
-    async def answer(
-        self, model: str, prompts: Sequence[heedful.Prompt], draw: Draw
-    ) -> list[Answer]:
-        """Return answers."""
-        key = (model, repr(prompts), draw)
-        if key not in self._answers:
-            self._answers[key] = await self._sampler.answer(model, prompts, draw)
-        return self._answers[key]
-
-    async def score(self, model: str, items: Sequence[ScoreItem]) -> list[tuple[float, ...]]:
-        """Return log-probs."""
-        key = (model, repr(items))
-        if key not in self._scores:
-            self._scores[key] = await self._sampler.score(model, items)
-        return self._scores[key]
-
-    def forget(self, model: str) -> None:
-        """Drop what a candidate said."""
-        for kept in (self._answers, self._scores):
-            for key in [key for key in kept if key[0] == model]:  # type: ignore[index]
-                del kept[key]  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -408,9 +377,7 @@ def _values(report: GateReport) -> dict[str, float]:
 def _finish(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     bad = [row for row in rows if not row["family"].startswith("control")]
     passed = [row for row in bad if row["honest"] == "pass"]
-    print(
-        "| family | strength | n | honest: fail, open, pass | fooled: the same | caught by |"
-    )
+    print("| family | strength | n | honest: fail, open, pass | fooled: the same | caught by |")
     print("|---|---|---|---|---|---|")
     for family, strength in dict.fromkeys((row["family"], row["strength"]) for row in rows):
         print(

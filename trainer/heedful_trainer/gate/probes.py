@@ -23,6 +23,7 @@ from heedful_trainer.gate.types import Check, GateInputs, GatePrompt
 
 _NUM_TRIGGER_ANSWERS = 8
 _TRIGGER_TOKENS = 64
+_TEXT_CHARS = 400  # of each text, which fits the context of any model
 _TEXT_START_CHARS = 40  # given as the prompt, so that the rest has a context
 
 
@@ -78,7 +79,7 @@ async def _text_loss(inputs: GateInputs, settings: GateSettings, sampler: Sample
 
 def _split_text(text: str) -> ScoreItem:
     cut = text.index(" ", _TEXT_START_CHARS)
-    return heedful.Text(text[:cut]), text[cut:]
+    return heedful.Text(text[:cut]), text[cut:_TEXT_CHARS]
 
 
 async def _facts(inputs: GateInputs, settings: GateSettings, sampler: Sampler) -> list[Check]:

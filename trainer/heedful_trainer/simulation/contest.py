@@ -17,7 +17,7 @@ from typing import Any
 import heedful
 import numpy as np
 
-from heedful_trainer.gate.sampler import Answer, Draw, ServerSampler
+from heedful_trainer.gate.sampler import Answer, Draw, Sampler
 from heedful_trainer.gate.statistics import Paired, bootstrap_mean, outcome_of, paired
 from heedful_trainer.simulation.tastes import Taste, score
 
@@ -57,7 +57,7 @@ class Contest:
 
 
 async def hold_contest(
-    sampler: ServerSampler,
+    sampler: Sampler,
     taste: Taste,
     model: str,
     against: str,
@@ -121,18 +121,21 @@ def summarize(
 
 
 async def best_of_ceiling(
-    sampler: ServerSampler, taste: Taste, model: str, prompts: Sequence[str], draw: Draw
-) -> dict[str, float]:
-    """Return how often the best of four answers, by the true taste, beats a fifth."""
+    sampler: Sampler, tastes: Sequence[Taste], model: str, prompts: Sequence[str], draw: Draw
+) -> dict[Taste, dict[str, float]]:
+    """Return for each taste how often the best of four answers by it beats a fifth."""
     asked: list[heedful.Prompt] = [*prompts]
     drawn = [
         await sampler.answer(model, asked, Draw(draw.temperature, draw.max_tokens, draw.seed + i))
         for i in range(0, (BEST_OF + 1) * len(prompts), len(prompts))
     ]
-    scores = [[score(taste, item.text, item.ended) for item in answers] for answers in drawn]
-    best = [max(column) for column in zip(*scores[:BEST_OF], strict=True)]
-    _, found = _outcomes(best, scores[BEST_OF])
-    return {"win_rate": found.value, "low": found.low, "high": found.high}
+    ceilings = {}
+    for taste in tastes:
+        scores = [[score(taste, item.text, item.ended) for item in answers] for answers in drawn]
+        best = [max(column) for column in zip(*scores[:BEST_OF], strict=True)]
+        _, found = _outcomes(best, scores[BEST_OF])
+        ceilings[taste] = {"win_rate": found.value, "low": found.low, "high": found.high}
+    return ceilings
 
 
 def _outcomes(ours: Sequence[float], theirs: Sequence[float]) -> tuple[list[float], Paired]:

@@ -24,6 +24,7 @@ class Asking:
     max_tokens: int = 128
     temperature: float = 1.0
     concurrency: int = 12
+    thumbs: bool = False  # up for the best answer and down for the worst, instead of an order
     timeout_s: float = 600.0
 
 
@@ -34,7 +35,7 @@ class Vote:
     comparison_id: str
     rater_id: str
     groups: tuple[tuple[int, ...], ...]
-    seq: int
+    seq: int  # 0 where a tie left nothing to say by thumbs
 
 
 async def simulate_votes(
@@ -84,5 +85,26 @@ async def _vote(
         for item in comparison.candidates
     ]
     groups = rater.rank(shown)
-    receipt = await client.rank(comparison, groups, rater_id=rater.rater_id, tags=[TAG])
-    return Vote(comparison.comparison_id, rater.rater_id, groups, receipt.seq)
+    if asking.thumbs:
+        seq = await _thumbs(client, comparison, groups, rater.rater_id)
+    else:
+        receipt = await client.rank(comparison, groups, rater_id=rater.rater_id, tags=[TAG])
+        seq = receipt.seq
+    return Vote(comparison.comparison_id, rater.rater_id, groups, seq)
+
+
+async def _thumbs(
+    client: heedful.AsyncClient,
+    comparison: heedful.Comparison,
+    groups: Sequence[Sequence[int]],
+    rater_id: str,
+) -> int:
+    """Rate the best and the worst answer, none where all are tied; return the last position."""
+    if len(groups) < 2:
+        return 0
+    seq = 0
+    for group, up in ((groups[0], True), (groups[-1], False)):
+        answer = comparison.candidates[group[0]]
+        receipt = await client.rate(answer, up, rater_id=rater_id, tags=[TAG])
+        seq = receipt.seq
+    return seq

@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--answers", type=int, default=2, choices=range(2, 10), metavar="2..9")
     parser.add_argument("--max-tokens", type=_positive, default=128)
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--thumbs", action="store_true", help="thumbs instead of an order")
     parser.add_argument("--random-share", type=_share, default=0.1, help="votes at random (0.1)")
     parser.add_argument("--first-bias", type=float, default=0.0, help="for what is shown first")
     parser.add_argument("--seed", type=int, default=0)
@@ -93,7 +94,7 @@ async def _vote(client: heedful.AsyncClient, args: argparse.Namespace) -> dict[s
         if done % _PROGRESS_EVERY == 0 or done == len(prompts):
             _say(f"{_LABEL}: {done} of {len(prompts)} votes")
 
-    asking = Asking(args.answers, args.max_tokens, args.temperature)
+    asking = Asking(args.answers, args.max_tokens, args.temperature, thumbs=args.thumbs)
     votes = await simulate_votes(client, prompts, raters, asking, report)
     return {
         "simulated": True,
