@@ -25,6 +25,10 @@ from heedful_trainer.errors import ModelUnusable
 from heedful_trainer.lora import Adapter, LoraShape
 from heedful_trainer.packing import Packed, Row, pack
 
+# Up to this width the plain attention is faster on a CPU, whose fused backward pass is slow; beyond,
+# its T × T tables would fill the memory.
+_PLAIN_ATTENTION_TOKENS = 640
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -123,6 +127,8 @@ class Backbone:
         raise AssertionError("the first adapted layer was not reached")
 
     def _forward(self, packed: Packed) -> Tensor:
+        plain = packed.input_ids_BT.shape[1] <= _PLAIN_ATTENTION_TOKENS
+        self._model.set_attn_implementation("eager" if plain else "sdpa")
         minus_infinity = torch.finfo(self.head_VH.dtype).min
         mask = torch.zeros(packed.mask_B1TT.shape, dtype=self.head_VH.dtype)
         outputs = self._model.base_model(

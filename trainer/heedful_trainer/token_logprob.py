@@ -19,23 +19,23 @@ CHUNK_ROWS = 128
 class _TokenLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, tokens_N: Tensor) -> Tensor:
-        logprobs_N, lse_N = _logprobs_and_lse(hidden_NH, weight_VH, tokens_N)
-        ctx.save_for_backward(hidden_NH, weight_VH, tokens_N, lse_N)
-        return logprobs_N
+        logprobs, directions = [], []
+        for rows in _chunks(hidden_NH.shape[0]):
+            logits_RV = _logits(hidden_NH[rows], weight_VH)
+            lse_R = logits_RV.logsumexp(-1)
+            logprobs.append(logits_RV.gather(1, tokens_N[rows, None])[:, 0] - lse_R)
+            if ctx.needs_input_grad[0]:
+                # d log p_t / d h = W_t − softmax W: a row's gradient is this times a number, so it
+                # is found here once, and nothing of size V has to be kept or computed again.
+                softmax_RV = logits_RV.sub_(lse_R[:, None]).exp_().to(weight_VH.dtype)
+                directions.append(weight_VH[tokens_N[rows]] - softmax_RV @ weight_VH)
+        ctx.save_for_backward(torch.cat(directions) if directions else hidden_NH)
+        return torch.cat(logprobs) if logprobs else _wide(hidden_NH.new_zeros(0))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        hidden_NH, weight_VH, tokens_N, lse_N = ctx.saved_tensors
-        grad_NH = torch.empty_like(hidden_NH)
-        for rows in _chunks(hidden_NH.shape[0]):
-            logits_RV = _logits(hidden_NH[rows], weight_VH)
-            # d log p_t / d logits = onehot(t) − softmax; in place, since this is the large one.
-            grad_RV = logits_RV.sub_(lse_N[rows, None]).exp_().neg_()
-            positions_R = torch.arange(grad_RV.shape[0])
-            grad_RV[positions_R, tokens_N[rows]] += 1
-            grad_RV.mul_(grads[0][rows, None])
-            grad_NH[rows] = grad_RV.to(weight_VH.dtype) @ weight_VH
-        return grad_NH, None, None
+        (direction_NH,) = ctx.saved_tensors
+        return direction_NH * grads[0][:, None].to(direction_NH.dtype), None, None
 
 
 def token_logprobs(hidden_NH: Tensor, weight_VH: Tensor, tokens_N: Tensor) -> Tensor:
@@ -73,21 +73,6 @@ def token_kl(hidden_NH: Tensor, other_NH: Tensor, weight_VH: Tensor) -> Tensor:
             q_RV = _logits(other_NH[rows], weight_VH).log_softmax(-1)
             parts.append((p_RV.exp() * (p_RV - q_RV)).sum(-1))
     return torch.cat(parts) if parts else hidden_NH.new_zeros(0)
-
-
-def _logprobs_and_lse(
-    hidden_NH: Tensor, weight_VH: Tensor, tokens_N: Tensor
-) -> tuple[Tensor, Tensor]:
-    logprobs, lses = [], []
-    for rows in _chunks(hidden_NH.shape[0]):
-        logits_RV = _logits(hidden_NH[rows], weight_VH)
-        lse_R = logits_RV.logsumexp(-1)
-        logprobs.append(logits_RV.gather(1, tokens_N[rows, None])[:, 0] - lse_R)
-        lses.append(lse_R)
-    if not lses:
-        empty = _wide(hidden_NH.new_zeros(0))
-        return empty, empty
-    return torch.cat(logprobs), torch.cat(lses)
 
 
 def _logits(hidden_RH: Tensor, weight_VH: Tensor) -> Tensor:
