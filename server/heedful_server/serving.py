@@ -28,7 +28,7 @@ from heedful_proto.v1 import (
 from starlette.requests import Request
 
 from heedful_server.config import ServerConfig
-from heedful_server.deployment.parts import make_deployment
+from heedful_server.deployment.parts import DeploymentParts, make_deployment
 from heedful_server.engine_client.client import EngineClient, EngineState
 from heedful_server.errors import StartupError
 from heedful_server.feedback.comparing import Comparing
@@ -121,27 +121,13 @@ class Server:
             config, model.base_id, model.template.identity, self.metrics.feedback
         )
         self._quotas = Quotas(config.quota, quota_clock)
-        self.deployment = make_deployment(
-            config,
-            self.feedback.store,
-            self.engine,
-            self.metrics.loop,
-            model.base_id,
-            model.template.identity,
-        )
+        self.deployment = self._make_deployment(model)
         self._admission = Admission(
             config.engine.max_sequences + config.engine.max_queue,
             on_change=self.metrics.sequences_in_flight.set,
         )
         self._generator = self._make_generator(model)
-        self._scorer = Scorer(
-            self.engine,
-            self.readiness,
-            self._text,
-            self._admission,
-            self._quotas.tokens,
-            self.deployment.door,
-        )
+        self._scorer = self._make_scorer()
         self._health = HealthService()
         self.keyring = Keyring(self.feedback.store, config.key_rule)
         self.comparing = self._make_comparing()
@@ -211,6 +197,23 @@ class Server:
         self.readiness.draining = True
         self._interceptor.draining = True
         self._update_health()
+
+    def _make_deployment(self, model: ServedModel) -> DeploymentParts:
+        store, metrics = self.feedback.store, self.metrics.loop
+        template_hash = model.template.identity
+        return make_deployment(
+            self._config, store, self.engine, metrics, model.base_id, template_hash
+        )
+
+    def _make_scorer(self) -> Scorer:
+        return Scorer(
+            self.engine,
+            self.readiness,
+            self._text,
+            self._admission,
+            self._quotas.tokens,
+            self.deployment.door,
+        )
 
     def _make_generator(self, model: ServedModel) -> Generator:
         return Generator(

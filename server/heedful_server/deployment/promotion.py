@@ -101,16 +101,9 @@ class Promotions:
     ) -> Deployment:
         """Make the newest sound champion before this one champion again.
 
-        Args:
-            scope: the project.
-            reason: why, for people.
-            actor: who, or what.
-            only_from: the version that must be champion still.
-            known: evidence.
-
-        Raises:
-            PreconditionFailed: there is nothing to go back to.
-            StoreError: the move could not be recorded.
+        With `only_from` that version has to be champion still; `known` is the evidence. Raises
+        PreconditionFailed where there is nothing to go back to, StoreError where the move could not
+        be recorded.
         """
         async with self._turns[scope]:
             await self._directory.refresh()

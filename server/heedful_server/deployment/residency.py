@@ -95,7 +95,10 @@ class Residency:
 
         def release() -> None:
             self._holds[adapter_id] -= 1
-            self._used_at_s[adapter_id] = self._clock()
+            if not self._holds[adapter_id]:
+                del self._holds[adapter_id]
+            if self.is_loaded(policy):
+                self._used_at_s[adapter_id] = self._clock()
 
         return Hold(policy, release)
 
@@ -136,6 +139,7 @@ class Residency:
 
     async def unload(self, adapter_id: str) -> None:
         """Take no more requests for an adapter and wait until its slot is free."""
+        self._used_at_s.pop(adapter_id, None)
         if adapter_id in self._engine.adapters:
             await self._engine.unload_adapter(adapter_id)
 
@@ -177,7 +181,7 @@ class Residency:
                 )
             victim = min(idle, key=lambda name: (name in self._soft, self._used_at_s.get(name, 0)))
             log.info("adapter evicted", adapter_id=victim[:12])
-            await self._engine.unload_adapter(victim)
+            await self.unload(victim)
 
     def _unusable(self, policy: ServedPolicy, reason: str) -> PreconditionFailed:
         error = PreconditionFailed(f"{policy.version} cannot be loaded: {reason}")

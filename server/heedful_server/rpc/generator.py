@@ -101,17 +101,8 @@ class Generator:
             self._admission.release(request.num_samples, request.priority)
             raise
         self._observe(request, submit)
-        answering = Answering(
-            scope=scope,
-            request=request,
-            served=self._served(hold.policy, info, submit.sampling.seed, call),
-            completion_ids=(submit.request_id, *(uuid7() for _ in range(request.num_samples - 1))),
-            prompt_ids=submit.prompt_token_ids,
-            prompt_text=prompt_text,
-            sampling=submit.sampling,
-            kernel_path=info.kernel_path,
-            received_at_s=call.received_at_s,
-        )
+        served = self._served(hold.policy, info, submit.sampling.seed, call)
+        answering = _answering(scope, request, served, submit, prompt_text, info, call)
         return self._begin(answering, stream, hold)
 
     async def require_model(self, model: str) -> None:
@@ -229,3 +220,25 @@ def _scope(request: GenerationRequest, who: Caller) -> Scope:
     if request.origin.rollout:
         who.require(TRAIN)
     return scope_of(who, request.origin.project)
+
+
+def _answering(
+    scope: Scope,
+    request: GenerationRequest,
+    served: Served,
+    submit: Submit,
+    prompt_text: str,
+    info: EngineInfo,
+    call: Call,
+) -> Answering:
+    return Answering(
+        scope=scope,
+        request=request,
+        served=served,
+        completion_ids=(submit.request_id, *(uuid7() for _ in range(request.num_samples - 1))),
+        prompt_ids=submit.prompt_token_ids,
+        prompt_text=prompt_text,
+        sampling=submit.sampling,
+        kernel_path=info.kernel_path,
+        received_at_s=call.received_at_s,
+    )
