@@ -118,8 +118,8 @@ def guarded_rewards(
 
     A reward model that has only seen ended answers says nothing about one that was cut (Huang et
     al. 2024, https://arxiv.org/abs/2403.17031, the "EOS trick"), and most like length for its own
-    sake. Our form: a fixed cost for the one, ``penalty · max(0, log(length / (tolerance · usual)))``
-    for the other.
+    sake. Our form: a fixed cost for the one; for the other
+    ``penalty · max(0, log(length / (tolerance · usual)))``.
 
     Args:
         reward_B: in the units of the penalties.

@@ -1,4 +1,4 @@
-"""Per-token rewards, GAE, whitening, guards and the KL controller, against numbers worked by hand."""
+"""Token rewards, GAE, whitening, guards and the KL controller, against numbers worked by hand."""
 
 import math
 

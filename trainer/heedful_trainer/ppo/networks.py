@@ -1,0 +1,125 @@
+"""Policy, reference, value function and reward model on one backbone.
+
+Owns which adapter the backbone wears for which of the four, and the value head. They differ only in
+the adapted layers on top; what lies below is computed once for a batch and serves all (the batch
+carries it). The reference is the base: no adapter. The value function starts as a copy of the
+reward model, its head as the mean of the reward's heads. One thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heedful_trainer.backbone import Backbone, Batch
+from heedful_trainer.reward.model import Heads, RewardModel
+from heedful_trainer.token_logprob import token_kl, token_logprobs
+
+Parameters = Mapping[str, nn.Parameter]
+
+
+class Networks:
+    """The four networks of PPO.
+
+    Attributes:
+        policy: what is trained, by the names of the adapter's file.
+        value: adapter and head of the value function, by name.
+        num_heads: E of the reward model.
+    """
+
+    def __init__(self, reward_model: RewardModel, seed: int) -> None:
+        """Take the reward model out of its backbone, where the policy begins anew."""
+        self.backbone: Backbone = reward_model.backbone
+        self._adapter = self.backbone.adapter
+        trained = self._adapter.parameters()
+        self._reward = {
+            name: nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            for name, parameter in trained.items()
+        }
+        self._heads: Heads = reward_model.heads
+        self.num_heads = int(self._heads.weight.shape[0])
+        self._value_adapter = {
+            name: nn.Parameter(parameter.detach().clone()) for name, parameter in trained.items()
+        }
+        self._value_weight_H = nn.Parameter(self._heads.weight.detach().mean(0))
+        self._value_bias = nn.Parameter(self._heads.bias.detach().mean())
+        self.value: Parameters = {
+            **self._value_adapter,
+            "head.weight": self._value_weight_H,
+            "head.bias": self._value_bias,
+        }
+        self._adapter.reset(seed)
+        self.policy: Parameters = trained
+        self._worn: Parameters = trained
+
+    def fold(self, gain: float, shift: float) -> None:
+        """Make the value function predict ``gain · r + shift``; before it has learned anything."""
+        with torch.no_grad():
+            self._value_weight_H.mul_(gain)
+            self._value_bias.mul_(gain).add_(shift)
+
+    def policy_logprobs(self, batch: Batch) -> Tensor:
+        """Return log π of the answers' tokens, shape [N], with gradients unless they are off."""
+        return self._logprobs(batch, self.backbone.hidden(batch))
+
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        """Return log π_ref of the same tokens."""
+        with torch.no_grad():
+            return self._logprobs(batch, self.backbone.hidden(batch, with_adapter=False))
+
+    def values(self, batch: Batch) -> Tensor:
+        """Return V before each of the answers' tokens, shape [N]."""
+        with self._wearing(self._value_adapter):
+            hidden = self.backbone.hidden(batch)
+        before_NH = hidden[batch.packed.source_N].to(self._value_weight_H.dtype)
+        return before_NH @ self._value_weight_H + self._value_bias
+
+    def rewards(self, batch: Batch) -> Tensor:
+        """Return every head's reward of the answers, shape [A, E]."""
+        with torch.no_grad(), self._wearing(self._reward):
+            hidden = self.backbone.hidden(batch)
+            result: Tensor = self._heads(hidden[batch.packed.last_A])
+        return result
+
+    def divergence(self, batch: Batch) -> Tensor:
+        """Return KL(π ‖ π_ref) of each answer over the whole vocabulary, in nats, shape [A]."""
+        packed = batch.packed
+        with torch.no_grad():
+            policy = self.backbone.hidden(batch)[packed.source_N]
+            reference = self.backbone.hidden(batch, with_adapter=False)[packed.source_N]
+            kl_N = token_kl(policy, reference, self.backbone.head_VH)
+        return kl_N.new_zeros(packed.num_answers).index_add(0, packed.owner_N, kl_N)
+
+    @contextmanager
+    def policy_of(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Have other weights be the policy within this context."""
+        with self._wearing({n: nn.Parameter(t, requires_grad=False) for n, t in tensors.items()}):
+            yield
+
+    def set_policy(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give the policy these weights."""
+        self._adapter.load(tensors)
+
+    def _logprobs(self, batch: Batch, hidden: Tensor) -> Tensor:
+        packed = batch.packed
+        return token_logprobs(hidden[packed.source_N], self.backbone.head_VH, packed.target_N)
+
+    @contextmanager
+    def _wearing(self, parameters: Parameters) -> Iterator[None]:
+        before, self._worn = self._worn, parameters
+        _bind(self._adapter, parameters)
+        try:
+            yield
+        finally:
+            self._worn = before
+            _bind(self._adapter, before)
+
+
+def _bind(adapter: Any, parameters: Parameters) -> None:
+    for name, layer in adapter._layers.items():
+        layer.lora_A = parameters[f"base_model.model.{name}.lora_A.weight"]
+        layer.lora_B = parameters[f"base_model.model.{name}.lora_B.weight"]
