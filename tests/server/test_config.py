@@ -147,3 +147,19 @@ def test_engine_is_told_what_was_configured(tmp_path: Path) -> None:
     told = load_config(None, {}, overrides).engine_config(tmp_path)
     assert (told.num_threads, told.quantize, told.block_size) == (3, "bf16", 32)
     assert told.model_dir == str(tmp_path)
+
+
+def test_the_trainers_table_and_variables_are_left_to_the_trainer(tmp_path: Path) -> None:
+    file = tmp_path / "heedful.toml"
+    file.write_text('[trainer.dpo]\nbeta = 0.2\n[deployment]\nmode = "shadow"\n')
+    config = load_config(file, {"HEEDFUL_TRAINER__DPO__BETA": "0.1"}, [])
+    assert config.deployment.mode == "shadow"
+    file.write_text("[trainers]\nbeta = 0.2\n")
+    with pytest.raises(InvalidConfig, match="trainers"):
+        load_config(file, {}, [])
+
+
+def test_the_engine_is_told_how_many_adapters_it_may_have(tmp_path: Path) -> None:
+    overrides = [("deployment.max_adapters", "3"), ("deployment.max_adapter_rank", "16")]
+    told = load_config(None, {}, overrides).engine_config(tmp_path)
+    assert (told.max_adapters, told.max_adapter_rank) == (3, 16)
