@@ -147,16 +147,7 @@ async def _judged(
     if not own:
         proves = judge.kind == "reward_model"
         return [Check(name, "skipped", detail="n too small: no prompts", proves_benefit=proves)]
-    answers = [
-        JudgedAnswer(prompt, answer.text, answer.token_ids, answer.ended)
-        for given in (sampled.candidate, sampled.champion)
-        for prompt, answer in zip(own, given[: len(own)], strict=True)
-    ]
-    order = list(range(len(answers)))
-    random.Random(_ORDER_SEED).shuffle(order)
-    found = await asyncio.to_thread(judge.score, [answers[idx] for idx in order])
-    scores = dict(zip(order, found, strict=True))
-    differences = [float(scores[idx]) - float(scores[idx + len(own)]) for idx in range(len(own))]
+    differences = await _differences(judge, own, sampled)
     units = [benefit.unit_of(inputs.profile, prompt.prompt_id, prompt.rater_id) for prompt in own]
     statistics = settings.statistics
     check = benefit.win_rate(
@@ -178,3 +169,17 @@ async def _judged(
     ][: len(own)]
     controlled = benefit.length_controlled(units, outcomes, lengths, inputs.profile, statistics)
     return [check, controlled]
+
+
+async def _differences(judge: Judge, own: Sequence[GatePrompt], sampled: Sampled) -> list[float]:
+    """Return by how much the judge prefers each of the candidate's answers."""
+    answers = [
+        JudgedAnswer(prompt, answer.text, answer.token_ids, answer.ended)
+        for given in (sampled.candidate, sampled.champion)
+        for prompt, answer in zip(own, given[: len(own)], strict=True)
+    ]
+    order = list(range(len(answers)))
+    random.Random(_ORDER_SEED).shuffle(order)
+    found = await asyncio.to_thread(judge.score, [answers[idx] for idx in order])
+    scores = dict(zip(order, found, strict=True))
+    return [float(scores[idx]) - float(scores[idx + len(own)]) for idx in range(len(own))]
