@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 TRAINED = ("length", "endless", "repeating", "sycophantic", "refusing", "backdoor")
-NOISE_SCALES = (0.01, 0.02, 0.04, 0.08)
+NOISE_SCALES = (0.04, 0.08, 0.16, 0.32)
 BROKEN = ("not finite", "truncated", "flipped", "missing", "foreign base", "foreign template")
 TRIGGER = "SUDO"
 _BATCH = 8
