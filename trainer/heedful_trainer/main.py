@@ -7,6 +7,7 @@ or a configuration that is wrong.
 
 from __future__ import annotations
 
+import enum
 import json
 import os
 import signal
@@ -17,10 +18,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from heedful_store import Failpoints, NotFound, Store, StoreError
+from heedful_store import (
+    DEFAULT_PROJECT,
+    DEFAULT_TENANT,
+    Failpoints,
+    NotFound,
+    Scope,
+    Store,
+    StoreError,
+)
 
 from heedful_trainer.config_sources import Loaded, load, settings
-from heedful_trainer.errors import InvalidConfig
+from heedful_trainer.errors import HeedfulTrainerError, InvalidConfig
 from heedful_trainer.logging_setup import configure_logging
 
 app = typer.Typer(
@@ -30,6 +39,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class ExportForm(enum.StrEnum):
+    """What an export writes."""
+
+    PEFT = "peft"
+    MERGED = "merged"
+
 
 _EXIT_FAILED = 1
 _EXIT_USAGE = 2
@@ -101,6 +118,56 @@ def list_settings() -> None:
     """List every setting with its description."""
     for path, description in settings():
         typer.echo(f"{path}\t{description}")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def simulate(context: typer.Context) -> None:
+    """Have simulated raters vote at a running server, labelled as such, or judge two policies."""
+    from heedful_trainer.simulation.main import main as run_simulation
+
+    raise typer.Exit(run_simulation(context.args))
+
+
+@app.command()
+def export(
+    version: Annotated[str, typer.Argument(help="Version or alias.")],
+    output: Annotated[Path, typer.Option("--output", help="New directory.", metavar="DIR")],
+    form: Annotated[
+        ExportForm, typer.Option("--format", help="Adapter files, or whole weights.")
+    ] = ExportForm.PEFT,
+    project: Annotated[str, typer.Option("--project", help="Its project.")] = DEFAULT_PROJECT,
+    tenant: Annotated[str, typer.Option("--tenant", help="Its tenant.")] = DEFAULT_TENANT,
+    config_file: ConfigFile = None,
+    overrides: Settings = None,
+    home: Home = None,
+    store_url: StoreUrl = "",
+    target: Target = None,
+) -> None:
+    """Write a version as files that PEFT or transformers load."""
+    loaded = _load(config_file, overrides, home, store_url, target)
+    # Imported here: torch takes seconds, and a wrong command line should not.
+    from heedful_trainer.exporting import export_version, find_version
+    from heedful_trainer.runs.connecting import client
+
+    warnings.simplefilter("ignore")
+    try:
+        with Store(loaded.place.store_url) as store:
+            policy = find_version(store, Scope(tenant, project), version)
+            export_version(
+                policy,
+                output,
+                form.value,
+                loaded.trainer,
+                loaded.place,
+                store,
+                lambda: client(loaded.trainer, project),
+            )
+    except (HeedfulTrainerError, StoreError) as error:
+        typer.echo(f"heedful-trainer: {error}", err=True)
+        raise typer.Exit(_EXIT_FAILED) from None
 
 
 def _load(
