@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    load_before = os.getloadavg()[0]
     config = EngineConfig(str(given.model), device="cpu", num_threads=given.threads)
     decoder = load_best_decoder(config, lambda stage, share: None)
     if not isinstance(decoder, NativeDecoder):
@@ -159,6 +160,8 @@ def main() -> None:
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        # Above 1 before the start, or above the number of cores after it, others were at work too.
+        "load_average_1min": {"before": load_before, "after": os.getloadavg()[0]},
         "kernel_path": decoder.kernel_path,
         "shape": {"context": CONTEXT, "rank": RANK, "linears": "all", "dtype": "bf16"},
         "adapter_bytes": num_bytes[0],
