@@ -5,6 +5,7 @@ set, and one-op programs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if away:
         config.hook.pytest_deselected(items=away)
         items[:] = [item for item in items if not item.get_closest_marker("triton")]
+
+
+if launch.INTERPRETED:
+    from triton.runtime import interpreter
+
+    _patched: set[int] = set()
+
+    def _call_device_function(function: Any, *args: Any, **kwargs: Any) -> Any:
+        # The interpreter replaces Triton's operators anew at every call of a device function, sums
+        # and maxima included, which takes most of its time; once per module is as good.
+        if id(function.fn.__globals__) not in _patched:
+            interpreter._patch_lang(function.fn)
+            _patched.add(id(function.fn.__globals__))
+        return function.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = _call_device_function
 
 
 @pytest.fixture(scope="session")
