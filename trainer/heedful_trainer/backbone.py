@@ -25,8 +25,8 @@ from heedful_trainer.errors import ModelUnusable
 from heedful_trainer.lora import Adapter, LoraShape
 from heedful_trainer.packing import Packed, Row, pack
 
-# Up to this width the plain attention is faster on a CPU, whose fused backward pass is slow; beyond,
-# its T × T tables would fill the memory.
+# Up to this width plain attention is faster on a CPU, whose fused backward pass is slow; beyond it,
+# T × T tables would fill the memory.
 _PLAIN_ATTENTION_TOKENS = 640
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
