@@ -25,8 +25,8 @@ from heedful_trainer.errors import ModelUnusable
 from heedful_trainer.lora import Adapter, LoraShape
 from heedful_trainer.packing import Packed, Row, pack
 
-# Up to this width plain attention is faster on a CPU, whose fused backward pass is slow; beyond it,
-# T × T tables would fill the memory.
+# Up to this width the plain attention is faster on a CPU, whose fused backward pass is slow;
+# beyond, its T × T tables would fill the memory.
 _PLAIN_ATTENTION_TOKENS = 640
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -59,6 +59,7 @@ class Backbone:
         head_VH: the language-model head, frozen.
         hidden_size: H.
         num_layers: decoder layers of the whole model.
+        trained_blocks: those that carry the adapter.
     """
 
     def __init__(self, model: PreTrainedModel, options: BackboneOptions) -> None:
@@ -74,15 +75,21 @@ class Backbone:
         self.head_VH: Tensor = model.get_output_embeddings().weight
         self.hidden_size = int(self.head_VH.shape[1])
         self._lower = list(blocks[: self._first])
+        self.trained_blocks: list[nn.Module] = list(blocks[self._first :])
         self._trunks: OrderedDict[Row, Tensor] = OrderedDict()
         self._trunk_bytes_left = options.trunk_bytes
 
-    def batch(self, rows: Sequence[Row]) -> Batch:
-        """Lay rows out and bring their trunks, computing those that are not kept."""
+    def batch(self, rows: Sequence[Row], *, keep: bool = True) -> Batch:
+        """Lay rows out and bring their trunks, computing those that are not kept.
+
+        Args:
+            rows: of one batch.
+            keep: whether they will come again, so that their trunks are worth the memory.
+        """
         packed = pack(rows)
         if not self._first:
             return Batch(packed, None)
-        trunks = [self._trunk_of(row) for row in rows]
+        trunks = [self._trunk_of(row, keep) for row in rows]
         padded = trunks[0].new_zeros(*packed.input_ids_BT.shape, self.hidden_size)
         for idx, trunk_TH in enumerate(trunks):
             padded[idx, : trunk_TH.shape[0]] = trunk_TH
@@ -102,12 +109,12 @@ class Backbone:
         self._trunk_bytes_left += sum(_bytes_of(trunk) for trunk in self._trunks.values())
         self._trunks.clear()
 
-    def _trunk_of(self, row: Row) -> Tensor:
+    def _trunk_of(self, row: Row, keep: bool) -> Tensor:
         kept = self._trunks.get(row)
         if kept is not None:
             return kept
         trunk = self._compute_trunk(pack([row]))
-        if _bytes_of(trunk) <= self._trunk_bytes_left:
+        if keep and _bytes_of(trunk) <= self._trunk_bytes_left:
             self._trunks[row] = trunk
             self._trunk_bytes_left -= _bytes_of(trunk)
         return trunk

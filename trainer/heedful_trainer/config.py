@@ -12,8 +12,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from heedful_trainer.gate.settings import GateSettings
+from heedful_trainer.ppo.settings import PpoSettings
+from heedful_trainer.presets import Preset
 
-Method = Literal["auto", "sft", "dpo", "kto"]
+Method = Literal["auto", "sft", "dpo", "kto", "ppo_ptx"]
 Mode = Literal["auto", "approve", "shadow"]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -83,6 +85,11 @@ class OptimiserSettings(_Group):
     weight_decay: NonNegative = Field(default=0.0, description="Decoupled.")
     clip_norm: PositiveFloat = Field(default=1.0, description="Largest norm of a gradient.")
     batch_size: PositiveInt = Field(default=16, description="Prompts of one step.")
+    min_steps: int = Field(
+        default=24,
+        ge=0,
+        description="A small log is passed over more often, up to eight times, to make so many.",
+    )
     micro_batch_tokens: PositiveInt = Field(
         default=3072, description="Most tokens computed at once; changes no more than rounding."
     )
@@ -103,6 +110,9 @@ class RewardSettings(_Group):
     patience: PositiveInt = Field(
         default=3, description="Looks without a better loss before training stops."
     )
+    drop_ties: bool = Field(
+        default=False, description="Whether tied answers say nothing; else Davidson's model."
+    )
     thumb_weight: NonNegative = Field(default=0.5, description="Of thumbs beside rankings.")
     correction_weight: NonNegative = Field(default=0.2, description="Of corrections.")
     centre_weight: NonNegative = Field(
@@ -116,6 +126,14 @@ class SftSettings(_Group):
 
     epochs: PositiveFloat = Field(default=2.0, description="Passes over the data.")
     min_examples: PositiveInt = Field(default=8, description="Least texts written by people.")
+    residual_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="Of what attention and MLP add to the stream, while training."
+    )
+    choose_by: Literal["last", "reward"] = Field(
+        default="last",
+        description="Which epoch is taken: the last one, or the one whose answers to validation "
+        "prompts the reward model likes best.",
+    )
     optimiser: OptimiserSettings = OptimiserSettings(batch_size=8)
 
 
@@ -211,7 +229,10 @@ class GateTable(GateSettings):
 class TrainerConfig(_Group):
     """Everything that can be set below ``[trainer]``."""
 
-    method: Method = Field(default="auto", description="auto, sft, dpo or kto.")
+    preset: Preset = Field(
+        default="none", description="A paper's own numbers where nothing else is set."
+    )
+    method: Method = Field(default="auto", description="auto, sft, dpo, kto or ppo_ptx.")
     target: str = Field(default="127.0.0.1:50051", description="The server's gRPC port.")
     api_key: str = Field(default="", description="Key with the scopes generate, train, deploy.")
     tls_ca: str = Field(default="", description="PEM file of the authority of its certificate.")
@@ -225,6 +246,7 @@ class TrainerConfig(_Group):
     sft: SftSettings = SftSettings()
     dpo: DpoSettings = DpoSettings()
     kto: KtoSettings = KtoSettings()
+    ppo: PpoSettings = PpoSettings()
     run: RunSettings = RunSettings()
     yielding: YieldSettings = YieldSettings()
     watch: WatchSettings = WatchSettings()

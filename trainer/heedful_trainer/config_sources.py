@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from heedful_trainer.config import TrainerConfig
 from heedful_trainer.errors import InvalidConfig
+from heedful_trainer.presets import PRESETS
 
 ENV_PREFIX = "HEEDFUL_TRAINER__"
 DEFAULT_FILE = Path("heedful.toml")
@@ -75,6 +76,7 @@ def load(
             _set(tree, path, value, f"environment variable {name}")
     for path, value in overrides:
         _set(tree, path, value, "command line")
+    tree = _over_preset(tree)
     return Loaded(_validate(tree), _place(server, environ, home, store_url))
 
 
@@ -85,6 +87,9 @@ def with_overrides(config: TrainerConfig, overrides: Mapping[str, object]) -> Tr
         InvalidConfig: as for ``load``.
     """
     tree = config.model_dump(mode="json")
+    # What a preset says gives way to what is set beside it.
+    for path, value in PRESETS.get(str(overrides.get("preset", "none")), {}).items():
+        _set(tree, path, value, "preset")
     for path, value in sorted(overrides.items()):
         _set(tree, path, value, "overrides of the run")
     return _validate(tree)
@@ -152,6 +157,19 @@ def _place(
     if profile not in ("personal", "team", "public"):
         raise InvalidConfig(f"feedback.profile: {profile!r} is none of personal, team, public")
     return Place(where, url, profile)  # type: ignore[arg-type]
+
+
+def _over_preset(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return what was set, on top of the preset that is named in it."""
+    whole: dict[str, Any] = {}
+    for path, value in PRESETS.get(str(tree.get("preset", "none")), {}).items():
+        _set(whole, path, value, "preset")
+    for path in _leaves(tree):
+        found: Any = tree
+        for key in path.split("."):
+            found = found[key]
+        _set(whole, path, found, "settings")
+    return whole
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -81,6 +81,15 @@ class Adapter:
         for layer in self._layers.values():
             layer.enabled = enabled
 
+    def bind(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Have the layers use these tensors, by the names of the file, in place of their own.
+
+        What was computed before keeps its gradients to the tensors that were bound then.
+        """
+        for name, layer in self._layers.items():
+            layer.lora_A = parameters[f"{_PREFIX}{name}.lora_A.weight"]
+            layer.lora_B = parameters[f"{_PREFIX}{name}.lora_B.weight"]
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trainable tensors by the names of the file."""
         named: dict[str, nn.Parameter] = {}

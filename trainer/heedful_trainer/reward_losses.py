@@ -42,7 +42,9 @@ def davidson_logprobs(difference: Tensor, log_nu: Tensor | None) -> Tensor:
     return torch.stack([half, -half, log_nu.expand_as(half)], dim=-1).log_softmax(dim=-1)
 
 
-def ranking_loss(rewards_K: Tensor, ranks_K: Tensor, log_nu: Tensor | None = None) -> Tensor:
+def ranking_loss(
+    rewards_K: Tensor, ranks_K: Tensor, log_nu: Tensor | None = None, *, drop_ties: bool = False
+) -> Tensor:
     """Return the mean loss over all C(K,2) pairs of one ranking, which is one batch element.
 
     Ouyang et al. 2022, eq. 1 (https://arxiv.org/abs/2203.02155), with ties kept by Davidson's
@@ -53,6 +55,7 @@ def ranking_loss(rewards_K: Tensor, ranks_K: Tensor, log_nu: Tensor | None = Non
         rewards_K: r of each answer; [K] or [K, E] for several heads at once.
         ranks_K: rank of each answer, lower is better, int64.
         log_nu: log ν.
+        drop_ties: leave tied pairs out of the mean, as the paper does; 0 where all are tied.
 
     Returns:
         A scalar, or shape [E].
@@ -68,6 +71,10 @@ def ranking_loss(rewards_K: Tensor, ranks_K: Tensor, log_nu: Tensor | None = Non
     if log_nu is None:
         tie = (first_wins + second_wins) / 2
     loss = -torch.where(sign > 0, first_wins, torch.where(sign < 0, second_wins, tie))
+    if drop_ties:
+        decided = sign != 0
+        loss = torch.where(decided, loss, torch.zeros_like(loss))
+        return loss.sum(dim=0) / decided.sum(dim=0).clamp(min=1)
     return loss.mean(dim=0)
 
 

@@ -275,3 +275,28 @@ def test_micro_batches_change_rounding_at_most(
         found.append(model.adapter.parameters())
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("least", "steps"), [(0, 2), (5, 5), (1000, 16)])
+def test_a_small_log_is_passed_over_until_there_are_enough_steps(
+    least: int,
+    steps: int,
+    backbone: Backbone,
+    config: TrainerConfig,
+    make_pairs: Any,
+    tmp_path: Path,
+) -> None:
+    small = with_overrides(config, {"dpo.epochs": "1", "dpo.optimiser.min_steps": least})
+    scorer = PolicyScorer(backbone, EOS)
+    examples = make_pairs(12, split="train")
+    result = train_policy(
+        backbone,
+        scorer,
+        examples,
+        "dpo",
+        small,
+        CheckpointStore(tmp_path),
+        NoHooks(),
+        Failpoints(),
+    )
+    assert result.steps == steps

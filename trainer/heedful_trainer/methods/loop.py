@@ -24,6 +24,7 @@ from heedful_trainer.errors import CheckpointDamaged, RunStopped, TrainingFailed
 from heedful_trainer.methods.hooks import Hooks
 
 _BETAS = (0.9, 0.95)  # InstructGPT's
+_MOST_EPOCHS = 8  # to reach the least number of steps
 
 
 class Objective(Protocol):
@@ -144,7 +145,10 @@ class _Loop:
         )
         num_examples = len(objective.sizes)
         self._per_epoch = math.ceil(num_examples / options.batch_size)
-        self.num_steps = max(1, math.ceil(settings.epochs * self._per_epoch))
+        asked = math.ceil(settings.epochs * self._per_epoch)
+        # Three steps over twenty pairs would leave the policy where it was.
+        least = min(options.min_steps, _MOST_EPOCHS * self._per_epoch)
+        self.num_steps = max(1, asked, least)
         looks = settings.evaluations
         self._evaluate_every = max(1, self._per_epoch // looks) if looks else 0
         self.state = _State()

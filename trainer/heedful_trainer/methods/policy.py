@@ -21,13 +21,16 @@ from heedful_trainer.dataset.builders import Group, Pair, counts, group_by_promp
 from heedful_trainer.dataset.examples import Example
 from heedful_trainer.errors import NotEnoughFeedback
 from heedful_trainer.methods.dpo import DpoObjective, pair_scores
+from heedful_trainer.methods.dropout import residual_dropout
 from heedful_trainer.methods.hooks import Hooks
 from heedful_trainer.methods.kto import KtoObjective
 from heedful_trainer.methods.loop import LoopResult, LoopSettings, train
 from heedful_trainer.methods.scores import PolicyScorer
 from heedful_trainer.methods.sft import SftObjective
+from heedful_trainer.reward.training import require_judgements
 
-Chosen = Literal["sft", "dpo", "kto"]
+Chosen = Literal["sft", "dpo", "kto", "ppo_ptx"]
+Offline = Literal["sft", "dpo", "kto"]  # learn from the dataset alone
 PolicyObjective = SftObjective | DpoObjective | KtoObjective
 
 
@@ -90,6 +93,9 @@ def require_enough(method: Method, groups: Sequence[Group], config: TrainerConfi
             "liked ones": (ups, config.kto.min_of_each),
             "disliked ones": (downs, config.kto.min_of_each),
         }
+    elif method == "ppo_ptx":
+        require_judgements(groups)
+        return
     else:
         written = there["corrections"] + there["demonstrations"]
         needs = {"corrections or demonstrations": (written, config.sft.min_examples)}
@@ -101,7 +107,7 @@ def train_policy(
     backbone: Backbone,
     scorer: PolicyScorer,
     examples: Sequence[Example],
-    method: Chosen,
+    method: Offline,
     config: TrainerConfig,
     checkpoints: CheckpointStore,
     hooks: Hooks,
@@ -123,7 +129,9 @@ def train_policy(
         checkpoint_s=config.run.checkpoint_s,
         compute_cap_s=config.run.compute_cap_s,
     )
-    return train(objective, settings, checkpoints, hooks, failpoints)
+    dropout = config.sft.residual_dropout if method == "sft" else 0.0
+    with residual_dropout(backbone, dropout, config.run.seed):
+        return train(objective, settings, checkpoints, hooks, failpoints)
 
 
 def judge_pairs(
@@ -200,7 +208,7 @@ def _objective(
     backbone: Backbone,
     scorer: PolicyScorer,
     examples: Sequence[Example],
-    method: Chosen,
+    method: Offline,
     config: TrainerConfig,
 ) -> PolicyObjective:
     parameters = backbone.adapter.parameters()
@@ -220,7 +228,7 @@ def _objective(
     return SftObjective(scorer, parameters, learned, validation)
 
 
-def _schedule(method: Chosen, config: TrainerConfig) -> tuple[float, OptimiserSettings]:
+def _schedule(method: Offline, config: TrainerConfig) -> tuple[float, OptimiserSettings]:
     match method:
         case "sft":
             return config.sft.epochs, config.sft.optimiser

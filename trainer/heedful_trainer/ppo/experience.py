@@ -95,7 +95,7 @@ def cut(items: Sequence[Item], max_tokens: int) -> list[list[Item]]:
 
 def judge(networks: Networks, items: Sequence[Item]) -> Judged:
     """Run the four networks over a micro-batch; what lies below the adapters runs once."""
-    batch = networks.backbone.batch([row for row, _ in items])
+    batch = networks.backbone.batch([row for row, _ in items], keep=False)
     rollouts = [rollout for _, group in items for rollout in group]
     with torch.no_grad():
         old_N = networks.policy_logprobs(batch)

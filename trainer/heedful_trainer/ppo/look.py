@@ -25,7 +25,7 @@ def look_at(
     """Return the figures of the policy that gave these answers; the backbone wears it."""
     rewards, kl, lengths, ended = [], [], [], []
     for items in cut(rows_of(rollouts), settings.micro_batch_tokens):
-        batch = networks.backbone.batch([row for row, _ in items])
+        batch = networks.backbone.batch([row for row, _ in items], keep=False)
         rewards.append(networks.rewards(batch))
         kl.append(networks.divergence(batch))
         lengths.append(batch.packed.length_A)

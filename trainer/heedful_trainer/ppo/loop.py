@@ -35,7 +35,7 @@ from heedful_trainer.ppo.experience import (
 )
 from heedful_trainer.ppo.look import look_at
 from heedful_trainer.ppo.networks import Networks
-from heedful_trainer.ppo.plans import Planner, policy_name
+from heedful_trainer.ppo.plans import Planner
 from heedful_trainer.ppo.settings import PpoSettings
 from heedful_trainer.ppo.state import Progress, from_checkpoint, to_checkpoint
 from heedful_trainer.ppo.texts import PtxTexts
@@ -139,19 +139,19 @@ class _Ppo:
     def _rollouts(self) -> list[Rollout]:
         """Return this iteration's rollouts, and have the next ones drawn meanwhile."""
         setup, iteration = self._setup, self._progress.iteration
-        if name := policy_name(iteration, self._settings):
-            setup.save_policy(name)
+        if setup.planner.is_changed(iteration):
+            setup.save_policy(setup.planner.policy_after(iteration))
         plan = setup.planner.training(iteration)
         rollouts = setup.drawer.take(plan, self._hooks)
         self._failpoints.hit("rollouts_taken")
         following = setup.planner.training(iteration + 1)
         if self._settings.overlap and iteration + 1 < self._settings.iterations:
             setup.drawer.begin(following)
-        if plan.policy and plan.policy != following.policy:
+        if plan.policy != following.policy:
             setup.drawer.release(plan.policy)
         # A policy's files outlive its rollouts by an iteration: a damaged part is drawn again.
-        if old := policy_name(setup.planner.drawn_from(iteration) - 1, self._settings):
-            setup.drop_policy(old)
+        if setup.planner.is_changed(old := setup.planner.drawn_from(iteration) - 1):
+            setup.drop_policy(setup.planner.policy_after(old))
         return rollouts
 
     def _judge(
@@ -224,7 +224,7 @@ class _Ppo:
         """Look at validation prompts; keep what is best so far; return whether to end."""
         setup, progress = self._setup, self._progress
         average = self._average.average() if self._average.num_updates else {}
-        name = f"ppo-average-{progress.iteration:06d}" if average else ""
+        name = f"ppo-average-{progress.iteration:06d}" if average else setup.planner.start
         plan = setup.planner.validation(progress.iteration, name)
         if plan is None:
             progress.best, progress.best_iteration = average, progress.iteration
@@ -232,11 +232,11 @@ class _Ppo:
         assert progress.scale is not None
         weights = average or {n: p.detach() for n, p in setup.networks.policy.items()}
         with setup.networks.policy_of(weights):
-            if name:
+            if average:
                 setup.save_policy(name)
             rollouts = setup.drawer.take(plan, self._hooks)
             figures = look_at(setup.networks, rollouts, progress.scale, self._settings)
-        if name:
+        if average:
             setup.drawer.release(name)
             setup.drop_policy(name)
         progress.looks.append({"iteration": float(progress.iteration), **figures})

@@ -2,15 +2,15 @@
 
 Owns which adapter the backbone wears for which of the four, and the value head. They differ only in
 the adapted layers on top; what lies below is computed once for a batch and serves all (the batch
-carries it). The reference is the base: no adapter. The value function starts as a copy of the
-reward model, its head as the mean of the reward's heads. One thread.
+carries it). The reference is the base, without an adapter, or the adapter that training starts
+from. The value function starts as a copy of the reward model, its head as the mean of the reward's
+heads. One thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,15 +31,21 @@ class Networks:
         num_heads: E of the reward model.
     """
 
-    def __init__(self, reward_model: RewardModel, seed: int) -> None:
-        """Take the reward model out of its backbone, where the policy begins anew."""
+    def __init__(
+        self, reward_model: RewardModel, seed: int, start: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Take the reward model out of its backbone, where the policy begins anew.
+
+        Args:
+            reward_model: its backbone wears its adapter.
+            seed: of the policy's adapter.
+            start: the adapter that the policy starts from, which is then the reference too; the
+                base where it is absent.
+        """
         self.backbone: Backbone = reward_model.backbone
         self._adapter = self.backbone.adapter
         trained = self._adapter.parameters()
-        self._reward = {
-            name: nn.Parameter(parameter.detach().clone(), requires_grad=False)
-            for name, parameter in trained.items()
-        }
+        self._reward = _frozen(trained)
         self._heads: Heads = reward_model.heads
         self.num_heads = int(self._heads.weight.shape[0])
         self._value_adapter = {
@@ -53,6 +59,10 @@ class Networks:
             "head.bias": self._value_bias,
         }
         self._adapter.reset(seed)
+        self._start: Parameters | None = None
+        if start is not None:
+            self._adapter.load(start)
+            self._start = _frozen(start)
         self.policy: Parameters = trained
         self._worn: Parameters = trained
 
@@ -69,7 +79,7 @@ class Networks:
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """Return log π_ref of the same tokens."""
         with torch.no_grad():
-            return self._logprobs(batch, self.backbone.hidden(batch, with_adapter=False))
+            return self._logprobs(batch, self._reference_hidden(batch))
 
     def values(self, batch: Batch) -> Tensor:
         """Return V before each of the answers' tokens, shape [N]."""
@@ -90,19 +100,25 @@ class Networks:
         packed = batch.packed
         with torch.no_grad():
             policy = self.backbone.hidden(batch)[packed.source_N]
-            reference = self.backbone.hidden(batch, with_adapter=False)[packed.source_N]
+            reference = self._reference_hidden(batch)[packed.source_N]
             kl_N = token_kl(policy, reference, self.backbone.head_VH)
         return kl_N.new_zeros(packed.num_answers).index_add(0, packed.owner_N, kl_N)
 
     @contextmanager
     def policy_of(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         """Have other weights be the policy within this context."""
-        with self._wearing({n: nn.Parameter(t, requires_grad=False) for n, t in tensors.items()}):
+        with self._wearing(_frozen(tensors)):
             yield
 
     def set_policy(self, tensors: Mapping[str, Tensor]) -> None:
         """Give the policy these weights."""
         self._adapter.load(tensors)
+
+    def _reference_hidden(self, batch: Batch) -> Tensor:
+        if self._start is None:
+            return self.backbone.hidden(batch, with_adapter=False)
+        with self._wearing(self._start):
+            return self.backbone.hidden(batch)
 
     def _logprobs(self, batch: Batch, hidden: Tensor) -> Tensor:
         packed = batch.packed
@@ -111,15 +127,16 @@ class Networks:
     @contextmanager
     def _wearing(self, parameters: Parameters) -> Iterator[None]:
         before, self._worn = self._worn, parameters
-        _bind(self._adapter, parameters)
+        self._adapter.bind(parameters)
         try:
             yield
         finally:
             self._worn = before
-            _bind(self._adapter, before)
+            self._adapter.bind(before)
 
 
-def _bind(adapter: Any, parameters: Parameters) -> None:
-    for name, layer in adapter._layers.items():
-        layer.lora_A = parameters[f"base_model.model.{name}.lora_A.weight"]
-        layer.lora_B = parameters[f"base_model.model.{name}.lora_B.weight"]
+def _frozen(tensors: Mapping[str, Tensor]) -> Parameters:
+    return {
+        name: nn.Parameter(value.detach().clone(), requires_grad=False)
+        for name, value in tensors.items()
+    }

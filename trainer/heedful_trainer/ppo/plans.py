@@ -15,13 +15,27 @@ from heedful_trainer.rollouts.records import Ids, Plan
 
 
 class Planner:
-    """The plans of one run."""
+    """The plans of one run.
+
+    Args:
+        train: prompts to learn from, at least one.
+        validation: prompts to choose a snapshot by.
+        settings: sizes.
+        seed: of the order.
+        start: name of the adapter that training starts from; "" is the base.
+    """
 
     def __init__(
-        self, train: Sequence[Ids], validation: Sequence[Ids], settings: PpoSettings, seed: int
+        self,
+        train: Sequence[Ids],
+        validation: Sequence[Ids],
+        settings: PpoSettings,
+        seed: int,
+        start: str = "",
     ) -> None:
         assert train
         self._train, self._settings, self._seed = list(train), settings, seed
+        self.start = start
         self._validation = tuple(validation[: settings.stopping.prompts])
 
     def training(self, iteration: int) -> Plan:
@@ -31,7 +45,7 @@ class Planner:
         first = iteration * count
         return Plan(
             name=f"train-{iteration:06d}",
-            policy=policy_name(self.drawn_from(iteration), settings),
+            policy=self.policy_after(self.drawn_from(iteration)),
             prompts=tuple(self._at(first + i) for i in range(count)),
             samples=settings.samples_per_prompt,
             max_tokens=settings.max_answer_tokens,
@@ -51,6 +65,14 @@ class Planner:
             seed=self._seed,
         )
 
+    def is_changed(self, iterations: int) -> bool:
+        """Say whether the policy is another one than at the start after so many iterations."""
+        return iterations > self._settings.value_only_iterations
+
+    def policy_after(self, iterations: int) -> str:
+        """Return the name of the policy after so many iterations."""
+        return f"ppo-{iterations:06d}" if self.is_changed(iterations) else self.start
+
     def drawn_from(self, iteration: int) -> int:
         """Return after how many iterations the policy answers: one fewer where they overlap."""
         return max(0, iteration - 1) if self._settings.overlap else iteration
@@ -59,8 +81,3 @@ class Planner:
         epoch, within = divmod(position, len(self._train))
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
         return self._train[int(torch.randperm(len(self._train), generator=generator)[within])]
-
-
-def policy_name(iterations: int, settings: PpoSettings) -> str:
-    """Return the name of the policy after so many iterations; "" while it is still the base."""
-    return f"ppo-{iterations:06d}" if iterations > settings.value_only_iterations else ""

@@ -57,6 +57,19 @@ class PtxSettings(_Group):
     max_tokens: Annotated[int, Field(ge=2)] = Field(default=96, description="Of one text.")
 
 
+class StartSettings(_Group):
+    """Where PPO starts, which is also what its KL is measured from."""
+
+    kind: Literal["base", "sft"] = Field(
+        default="base", description="The base, or its training on what people wrote (C.3)."
+    )
+    epochs: PositiveFloat = Field(default=2.0, description="Of that training.")
+    text_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.1, description="Share of plain text in it."
+    )
+    learning_rate: PositiveFloat = Field(default=1e-4, description="Of it, by cosine.")
+
+
 class RewardShaping(_Group):
     """From the reward model's answer to the reward."""
 
@@ -150,6 +163,11 @@ class PpoSettings(_Group):
     overlap: bool = Field(
         default=True, description="Draw the next rollouts while this batch is learned from."
     )
+    prompts: str = Field(
+        default="",
+        description="JSON lines of more prompts (field prompt or messages), beside the log's.",
+    )
+    start: StartSettings = StartSettings()
     kl: KlSettings = KlSettings()
     ptx: PtxSettings = PtxSettings()
     reward: RewardShaping = RewardShaping()

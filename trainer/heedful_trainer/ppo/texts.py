@@ -82,6 +82,20 @@ def reference_texts(path: Path, draw: Callable[[], Sequence[Ids]]) -> list[Ids]:
     return texts
 
 
+def start_token(directory: Path) -> int:
+    """Return the token that a text begins with: from it alone the reference writes unprompted.
+
+    Raises:
+        ModelUnusable: the model names neither that nor an end token.
+    """
+    for name in ("config.json", "generation_config.json"):
+        path = directory / name
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if isinstance(content.get("bos_token_id"), int):
+            return int(content["bos_token_id"])
+    return TextEncoder(directory).eos_token_id
+
+
 def cache_path(home: Path, base_id: str, count: int, max_tokens: int) -> Path:
     """Return where a base's own text is kept."""
     name = hashlib.sha256(f"{base_id}|{count}|{max_tokens}".encode()).hexdigest()[:16]

@@ -48,7 +48,8 @@ class RewardObjective:
         self._train = [group for group in train if _is_judged(group)]
         self._validation = [group for group in validation if _is_judged(group)]
         found = counts(self._train)
-        log_nu = reward_losses.initial_log_nu(found["ties"], found["ties"] + found["pairs"])
+        num_ties = 0 if settings.drop_ties else found["ties"]
+        log_nu = reward_losses.initial_log_nu(num_ties, num_ties + found["pairs"])
         self._log_nu = None if log_nu is None else nn.Parameter(torch.tensor(log_nu))
         self._intercept = nn.Parameter(torch.zeros(()))
         num_heads = model.heads.weight.shape[0]
@@ -106,7 +107,10 @@ class RewardObjective:
         settings = self._settings
         found = [
             reward_losses.ranking_loss(
-                rewards_KE[list(order.answers)], torch.tensor(order.ranks), self._log_nu
+                rewards_KE[list(order.answers)],
+                torch.tensor(order.ranks),
+                self._log_nu,
+                drop_ties=settings.drop_ties,
             )
             for order in group.orders
         ]

@@ -75,9 +75,8 @@ class LocalSource:
         # The token at the end is a stand-in: what predicts it is what is wanted.
         rows = [Row(prompt, ((*answer, 0),)) for prompt, answer in states]
         with torch.no_grad():
-            batch = self._backbone.batch(rows)
+            batch = self._backbone.batch(rows, keep=False)
             hidden = self._backbone.hidden(batch, with_adapter=bool(policy))
             last_AH = hidden[batch.packed.source_N[batch.packed.last_target_A]]
             logits_AV = last_AH @ self._backbone.head_VH.T
-        self._backbone.free_trunks()
         return logits_AV.float().log_softmax(-1)

@@ -17,15 +17,19 @@ from heedful_trainer.dataset.examples import SPLITS
 from heedful_trainer.errors import NotEnoughFeedback
 from heedful_trainer.methods.loop import LoopResult
 from heedful_trainer.methods.policy import (
+    Chosen,
     choose_method,
     judge_pairs,
     parts,
     report_on_policy,
     train_policy,
 )
+from heedful_trainer.ppo.report import ppo_evidence
 from heedful_trainer.reward.report import report_on_reward
 from heedful_trainer.reward.training import train_reward
 from heedful_trainer.runs.context import DATASET, RunContext, write_whole
+from heedful_trainer.runs.ppo_policy import train_by_ppo, write_ppo_report
+from heedful_trainer.runs.sft_policy import train_sft_by_reward
 
 PAIRS = "pairs.json"
 
@@ -104,16 +108,7 @@ def train_the_policy(context: RunContext) -> Mapping[str, Any]:
     groups = parts(context.examples)
     method = choose_method(groups["train"], context.config)
     context.lease.update(method=method)
-    result = train_policy(
-        context.backbone,
-        context.scorer,
-        context.examples,
-        method,
-        context.config,
-        context.checkpoints("policy"),
-        context.hooks,
-        context.failpoints,
-    )
+    training = _trained(context, method)
     temp = context.temp_adapter("policy")
     context.backbone.adapter.save(temp, context.base.name)
     held_out = _held_out(groups)
@@ -122,9 +117,31 @@ def train_the_policy(context: RunContext) -> Mapping[str, Any]:
     return {
         "method": method,
         "content_hash": context.seal_adapter("policy", temp, "policy", method),
-        "training": _loop(result),
+        "training": training,
         "report": report_on_policy(context.scorer, held_out, pairs),
     }
+
+
+def _trained(context: RunContext, method: Chosen) -> dict[str, Any]:
+    """Train by a method and return how it went; the backbone wears the policy afterwards."""
+    if method == "ppo_ptx":
+        result = train_by_ppo(context)
+        write_ppo_report(context, result)
+        return ppo_evidence(result)
+    if method == "sft" and context.config.sft.choose_by == "reward":
+        return _loop(train_sft_by_reward(context))
+    return _loop(
+        train_policy(
+            context.backbone,
+            context.scorer,
+            context.examples,
+            method,
+            context.config,
+            context.checkpoints("policy"),
+            context.hooks,
+            context.failpoints,
+        )
+    )
 
 
 def _held_out(groups: Mapping[str, list[Group]]) -> list[Group]:
