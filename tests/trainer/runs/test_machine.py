@@ -47,6 +47,7 @@ def test_a_refresh_leaves_versions_evidence_and_a_report(
     assert list((directory / "tensorboard").glob("events.*"))
     # What people wrote stays in the log alone.
     assert not (directory / "dataset.jsonl").exists()
+    assert not (directory / "report" / "pairs.json").exists()
     assert not (directory / "checkpoints").exists()
 
 

@@ -24,7 +24,12 @@ from heedful_trainer.runs import connecting
 from heedful_trainer.runs.context import DATASET, RunContext, run_directory
 from heedful_trainer.runs.hooks import RunHooks
 from heedful_trainer.runs.judging import judge_candidate
-from heedful_trainer.runs.learning import take_snapshot, train_reward_model, train_the_policy
+from heedful_trainer.runs.learning import (
+    PAIRS,
+    take_snapshot,
+    train_reward_model,
+    train_the_policy,
+)
 from heedful_trainer.runs.lease import RunLease
 from heedful_trainer.runs.ppo_policy import forget_rollouts
 from heedful_trainer.runs.publishing import publish_versions
@@ -80,6 +85,7 @@ def work_on(
         lease.close()
     # People's words stay in the log, where an erasure finds them.
     (directory / DATASET).unlink(missing_ok=True)
+    (directory / "report" / PAIRS).unlink(missing_ok=True)
     forget_rollouts(directory)
     if not config.run.keep_checkpoints and lease.run.status != "stopped":
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
