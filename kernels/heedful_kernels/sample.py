@@ -18,8 +18,7 @@ over sums of 2^44-ths in int64 (order-free, as in the reference), and draws amon
 computed for survivors only. Where the prefix does not end within the candidates, or they are more
 than there is room for, the row takes a counted second pass of two more reads: a histogram of t
 brackets the end, then what ranks before the bracket is summed and raced exactly and the bracket's
-own tokens become the candidates. Should that overflow too (thousands of nearly equal tokens where
-the prefix ends) a third, slow way walks over the row as often as it takes. `passes` counts them.
+own tokens become the candidates. Should that overflow too, a slow third way follows (see `passes`).
 
 Bias and penalties come as sparse lists: listed tokens are edited first, into a list of candidates
 of their own, and marked in a bitmap that keeps the walk from counting them twice. Logits are left
