@@ -26,6 +26,14 @@ POLL_S = 0.02
 KV_CACHE_BYTES = 16 * 1024 * 1024
 
 
+def _read_proc(path: Path) -> str:
+    """A file of the process table; empty where its thread or process has ended meanwhile."""
+    try:
+        return path.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 @dataclass
 class ServerProcess:
     """One run of the program."""
@@ -81,12 +89,10 @@ class ServerProcess:
     @property
     def engine_pid(self) -> int | None:
         """Process id of the engine child, None while there is none."""
-        pids = []
         for task in Path(f"/proc/{self.process.pid}/task").iterdir():
-            pids += (task / "children").read_text().split()
-        for pid in pids:
-            if "heedful_server.engine.main" in Path(f"/proc/{pid}/cmdline").read_text():
-                return int(pid)
+            for pid in _read_proc(task / "children").split():
+                if "heedful_server.engine.main" in _read_proc(Path(f"/proc/{pid}/cmdline")):
+                    return int(pid)
         return None
 
     def kill_engine(self) -> int:
