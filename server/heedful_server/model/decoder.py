@@ -47,7 +47,10 @@ class Decoder(Protocol):
     kernel_path: str
     weight_bytes: int
     device: torch.device
-    fallbacks: dict[str, int]
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """How often something did not run on the fastest path, by reason."""
 
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Bytes that one block of the cache takes over all layers."""
@@ -147,7 +150,7 @@ class TorchDecoder:
         self.dtype = dtype
         self.residual_dtype = residual_dtype(dtype)
         self.fallbacks: dict[str, int] = {}
-        self.weight_bytes = _weight_bytes(weights)
+        self.weight_bytes = weight_bytes(weights)
         self._weights = weights
         self._exact_attention = exact_attention
         self._frequencies = (
@@ -318,7 +321,8 @@ _ACTIVATIONS: Final[dict[Activation, Callable[[Tensor], Tensor]]] = {
 }
 
 
-def _weight_bytes(weights: DecoderWeights) -> int:
+def weight_bytes(weights: DecoderWeights) -> int:
+    """Bytes of all weights, a tied head counted once."""
     linears = [weights.head, weights.embed_in, weights.embed_out]
     norms = [weights.final_norm]
     for layer in weights.layers:

@@ -1,4 +1,4 @@
-"""Picks the decoder that serves a model fastest on this machine: native CPU kernels, or torch.
+"""Picks the decoder that serves a model fastest here: native CPU kernels, Triton's, or torch.
 
 Owns that choice and says when the fast path was not taken and why. Runs once, in the engine child's
 main thread, after the thread count is set, and in tools that need to know what would be served.
@@ -14,9 +14,15 @@ import torch
 from heedful_kernels import cpu
 
 from heedful_server.model.blocks import BlockKind
+from heedful_server.model.cuda_decoder import CudaDecoder, why_not_cuda_kernels
 from heedful_server.model.decoder import Decoder
 from heedful_server.model.families import read_spec
-from heedful_server.model.loader import load_decoder
+from heedful_server.model.loader import (
+    load_decoder,
+    load_weights,
+    resolve_device,
+    resolve_mode,
+)
 from heedful_server.model.native_decoder import NativeDecoder
 from heedful_server.model.native_loader import is_native_spec, pack_weights
 from heedful_server.model.spec import DecoderSpec
@@ -45,6 +51,12 @@ def load_best_decoder(config: EngineConfig, progress: Progress) -> Decoder:
         return _load_native(config, model_dir, spec, progress)
     if device == "cpu":
         log.info("native CPU kernels are not used", reason=reason)
+    if device == "cuda":
+        decoder_or_reason = _load_cuda(config, model_dir, spec, progress)
+        if not isinstance(decoder_or_reason, str):
+            return decoder_or_reason
+        reason = decoder_or_reason
+        log.warning("the GPU's kernels are not used", reason=reason)
     decoder = load_decoder(model_dir, config.quantize, device, progress)
     decoder.fallbacks[reason] = 1
     return decoder
@@ -70,6 +82,20 @@ def why_not_native(config: EngineConfig, spec: DecoderSpec) -> str | None:
     if not is_native_spec(spec):
         return "architecture"
     return "library" if cpu.find_library() is None else None
+
+
+def _load_cuda(
+    config: EngineConfig, model_dir: Path, spec: DecoderSpec, progress: Progress
+) -> CudaDecoder | str:
+    """The decoder on the Triton kernels, or why there is none."""
+    target = resolve_device("cuda")
+    is_gguf = find_gguf(model_dir) is not None
+    mode = resolve_mode(config.quantize, is_gguf=is_gguf, device=target)
+    reason = why_not_cuda_kernels(spec, target, mode.dtype)
+    if reason is not None:
+        return reason
+    weights, form = load_weights(model_dir, spec, mode, target, progress, pack_nf4=True)
+    return CudaDecoder(spec, weights, dtype=mode.dtype, device=target, quantization=form)
 
 
 def _load_native(

@@ -1,4 +1,4 @@
-"""Loads a model directory into a `TorchDecoder`.
+"""Loads a model directory into the weights of a decoder, and into a `TorchDecoder`.
 
 Owns the meaning of `quantize`: which weights become blocks, and in what dtype the rest is computed.
 Reads weight by weight and keeps at most one layer beside what is loaded already. Knows nothing of
@@ -13,9 +13,11 @@ from typing import Final, Literal
 
 import structlog
 import torch
+from heedful_kernels.bnb_layout import dequantize_nf4_reference, quantize_nf4
 from torch import Tensor
 
 from heedful_server.model.blocks import GROUP, BlockKind, quantize_blocks
+from heedful_server.model.cuda_linear import NF4_GROUP, make_nf4_linear
 from heedful_server.model.decoder import (
     DecoderWeights,
     LayerWeights,
@@ -49,7 +51,6 @@ _DENSE: Final = {
 }
 _LAYER_MATRIX: Final = re.compile(r"layers\.\d+\.(q|k|v|o|gate|up|down)")
 _ROTATED: Final = re.compile(r"layers\.\d+\.(q|k)(_norm|\.bias)?")
-_NF4_GROUP: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,8 @@ def resolve_mode(quantize: str, *, is_gguf: bool, device: torch.device) -> Weigh
             raise UnsupportedModel(
                 "model.quantize", "nf4 wants a float checkpoint, not a GGUF file"
             )
-        log.warning("nf4 is expanded to bfloat16: it saves no memory on this path")
+        if device.type == "cpu":
+            log.warning("nf4 is expanded to bfloat16: it saves no memory on this path")
         return WeightMode(torch.bfloat16, keep_blocks=False, layers="nf4")
     if quantize == "auto" and not is_gguf:
         return WeightMode(_fast_float(device), keep_blocks=False)
@@ -125,21 +127,46 @@ def load_decoder(model_dir: Path, quantize: str, device: str, progress: Progress
     spec = read_spec(model_dir)
     target = resolve_device(device)
     mode = resolve_mode(quantize, is_gguf=find_gguf(model_dir) is not None, device=target)
-    builder = _Builder(spec, mode, target)
-    progress("weights", 0.0)
-    for weight in served_weights(model_dir, spec, mode):
-        builder.add(weight)
-        progress("weights", builder.share_done)
-    weights = builder.finish()
+    weights, quantization = load_weights(model_dir, spec, mode, target, progress)
     return TorchDecoder(
         spec,
         weights,
         dtype=mode.dtype,
         device=target,
-        quantization=builder.quantization,
+        quantization=quantization,
         # Dense products round by the number of rows anyway, so only packed modes pay for it.
         exact_attention=mode.keep_blocks,
     )
+
+
+def load_weights(
+    model_dir: Path,
+    spec: DecoderSpec,
+    mode: WeightMode,
+    device: torch.device,
+    progress: Progress,
+    *,
+    pack_nf4: bool = False,
+) -> tuple[DecoderWeights, str]:
+    """The weights of a directory as a decoder computes with them, and what clients call their form.
+
+    With pack_nf4, matrices of an NF4 mode stay packed for the GPU's kernel where their rows are
+    whole groups. Errors as `load_decoder`.
+    """
+    pack_nf4 = pack_nf4 and mode.layers == "nf4"
+    builder = _Builder(spec, mode, device, pack_nf4=pack_nf4)
+    progress("weights", 0.0)
+    for weight in iterate_weights(model_dir, spec):
+        packed = pack_nf4 and packs_nf4(weight)
+        builder.add(weight if packed else _served(weight, mode))
+        progress("weights", builder.share_done)
+    return builder.finish(), builder.quantization
+
+
+def packs_nf4(weight: NamedWeight) -> bool:
+    """Whether the GPU's kernel takes a weight of an NF4 mode as it is packed."""
+    is_matrix = _LAYER_MATRIX.fullmatch(weight.name) is not None
+    return is_matrix and weight.kind == "dense" and weight.shape[1] % NF4_GROUP == 0
 
 
 def served_weights(model_dir: Path, spec: DecoderSpec, mode: WeightMode) -> Iterator[NamedWeight]:
@@ -170,17 +197,8 @@ def _served(weight: NamedWeight, mode: WeightMode) -> NamedWeight:
 
 
 def _through_nf4(weight_NK: Tensor) -> Tensor:
-    try:
-        from bitsandbytes import functional  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise UnsupportedModel(
-            "model.quantize", "nf4 needs the package bitsandbytes, which is not installed"
-        ) from error
-    packed, state = functional.quantize_4bit(
-        weight_NK.to(torch.bfloat16).contiguous(), blocksize=_NF4_GROUP, quant_type="nf4"
-    )
-    expanded: Tensor = functional.dequantize_4bit(packed, state)
-    return expanded.to(torch.bfloat16).view(weight_NK.shape)
+    packed = quantize_nf4(weight_NK.to(torch.bfloat16), blocksize=NF4_GROUP, nested=False)
+    return dequantize_nf4_reference(packed, torch.bfloat16)
 
 
 def _fast_float(device: torch.device) -> torch.dtype:
@@ -194,7 +212,10 @@ def _fast_float(device: torch.device) -> torch.dtype:
 class _Builder:
     """Collects weights and turns each layer into its computed form as soon as it is complete."""
 
-    def __init__(self, spec: DecoderSpec, mode: WeightMode, device: torch.device) -> None:
+    def __init__(
+        self, spec: DecoderSpec, mode: WeightMode, device: torch.device, *, pack_nf4: bool
+    ) -> None:
+        self._pack_nf4 = pack_nf4
         self._spec = spec
         self._mode = mode
         self._device = device
@@ -213,7 +234,7 @@ class _Builder:
     def quantization(self) -> str:
         """The kind of most layer matrices by their number of weights: q4_1, q8_0, bf16, …"""
         if self._mode.layers == "nf4":
-            return "nf4-bf16"
+            return "nf4" if self._pack_nf4 else "nf4-bf16"
         kind = max(self._kinds, key=self._kinds.__getitem__)
         return DTYPE_NAMES[self._mode.dtype] if kind == "dense" else kind
 
@@ -288,13 +309,11 @@ class _Builder:
 
     def _linear(self, *names: str) -> Linear:
         parts = [self._waiting.pop(name) for name in names]
-        biases = [f"{name}.bias" for name in names if f"{name}.bias" in self._waiting]
-        return make_linear(
-            parts,
-            [self._waiting.pop(name).data for name in biases],
-            self._mode.dtype,
-            self._device,
-        )
+        bias_names = [f"{name}.bias" for name in names if f"{name}.bias" in self._waiting]
+        biases = [self._waiting.pop(name).data for name in bias_names]
+        if self._pack_nf4 and all(packs_nf4(part) for part in parts):
+            return make_nf4_linear(parts, biases, self._device)
+        return make_linear(parts, biases, self._mode.dtype, self._device)
 
     def _optional_linear(self, name: str) -> Linear | None:
         return self._linear(name) if name in self._waiting else None

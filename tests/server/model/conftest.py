@@ -8,6 +8,7 @@ import torch
 from heedful_kernels import cpu
 from heedful_server.model.batch import ForwardBatch
 from heedful_server.model.decoder import Decoder, TorchDecoder
+from heedful_server.model.kv_cache import KVCache
 from heedful_server.model.loader import load_decoder
 from torch import Tensor
 
@@ -83,9 +84,8 @@ class Stepper:
         self.block_size = block_size
         self.cache = decoder.allocate_kv_cache(num_blocks, block_size)
         # Whatever nobody wrote must not matter, so it is far from harmless.
-        for data in (
-            [self.cache.data] if isinstance(decoder, TorchDecoder) else _tensors(self.cache)
-        ):
+        paged = isinstance(self.cache, KVCache)
+        for data in [self.cache.data] if paged else _tensors(self.cache):
             data.fill_(300.0)
         generator = torch.Generator().manual_seed(7)
         self._free = torch.randperm(num_blocks, generator=generator).tolist()

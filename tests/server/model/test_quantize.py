@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from heedful_kernels.bnb_layout import dequantize_nf4_reference, quantize_nf4
 from heedful_server.model.dequantize import dequantized_state_dict
-from heedful_server.model.errors import UnsupportedModel
-from heedful_server.model.loader import resolve_mode
+from heedful_server.model.loader import resolve_mode, served_weights
 from safetensors.torch import load_file
 
 CPU = torch.device("cpu")
@@ -94,9 +94,19 @@ def test_packed_forms_expand_on_other_devices() -> None:
     assert (mode.dtype, mode.keep_blocks, mode.layers) == (torch.bfloat16, False, "dense")
 
 
-def test_nf4_without_bitsandbytes_says_what_is_missing(
+def test_nf4_needs_no_bitsandbytes_and_serves_its_values(
     llama_dir: Path, load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UnsupportedModel, match="bitsandbytes, which is not installed"):
-        load(llama_dir, "nf4")
+    decoder = load(llama_dir, "nf4")
+    assert decoder.quantization == "nf4-bf16"
+    spec = decoder.spec
+    mode = resolve_mode("nf4", is_gguf=False, device=CPU)
+    dense = resolve_mode("bfloat16", is_gguf=False, device=CPU)
+    for served, stored in zip(
+        served_weights(llama_dir, spec, mode), served_weights(llama_dir, spec, dense), strict=True
+    ):
+        if served.name == "layers.0.down":
+            packed = quantize_nf4(stored.data, blocksize=64, nested=False)
+            assert torch.equal(served.data, dequantize_nf4_reference(packed, torch.bfloat16))
+            assert not torch.equal(served.data, stored.data)
