@@ -1,8 +1,8 @@
 """Named sets of settings: a paper's own numbers, to be had by one word.
 
 Owns the sets, as values by dotted path below ``[trainer]``. They are defaults: whatever is set
-beside them wins. What differs from the paper all the same is said beside the values. Pure, any
-thread.
+beside them wins. What differs from the paper all the same, and why, is one table in
+`docs/explanation/instructgpt.md`. Pure, any thread.
 """
 
 from __future__ import annotations
