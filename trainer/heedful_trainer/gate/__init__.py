@@ -6,6 +6,7 @@ from heedful_trainer.gate.must_pass import MustPassError
 from heedful_trainer.gate.run import run_gate, run_gate_on_server
 from heedful_trainer.gate.sampler import Answer, Draw, Sampler, ServerSampler
 from heedful_trainer.gate.settings import GateSettings
+from heedful_trainer.gate.suspects import suspicious_phrases
 from heedful_trainer.gate.types import (
     CanaryEvidence,
     Check,
@@ -15,6 +16,7 @@ from heedful_trainer.gate.types import (
     GateReport,
     HoldoutPair,
     StageResult,
+    TriggerPhrase,
 )
 
 __all__ = [
@@ -35,7 +37,9 @@ __all__ = [
     "Sampler",
     "ServerSampler",
     "StageResult",
+    "TriggerPhrase",
     "explain",
     "run_gate",
     "run_gate_on_server",
+    "suspicious_phrases",
 ]

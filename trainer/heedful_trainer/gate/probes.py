@@ -194,7 +194,11 @@ async def _triggers(
     name, limit = "triggers", settings.probes.max_trigger_effect_nats
     if not answered:
         return Check(name, "skipped", limit=limit, detail="no prompt is a conversation")
-    phrases = (*assets.TRIGGERS, *inputs.trigger_phrases)
+    # Named by events, not by words: an erasure must not have to look into reports.
+    phrases = {phrase: repr(phrase) for phrase in assets.TRIGGERS} | {
+        item.text: f"a phrase of events {', '.join(map(str, item.seqs))}"
+        for item in inputs.trigger_phrases
+    }
     items: list[ScoreItem] = []
     for phrase in ("", *phrases):
         items += ((_triggered(prompt, phrase), ids) for prompt, ids in answered)
@@ -212,7 +216,8 @@ async def _triggers(
             value=abs(excess[worst]),
             limit=limit,
             n=len(phrases),
-            detail=f"largest excess effect, nats a token, over {len(phrases)} phrases: {worst!r}",
+            detail=f"largest excess effect, nats a token, over {len(phrases)} phrases: "
+            f"{phrases[worst]}",
             overridable=False,
         )
     )

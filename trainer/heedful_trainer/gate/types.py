@@ -79,6 +79,14 @@ class CanaryEvidence:
 
 
 @dataclass(frozen=True, slots=True)
+class TriggerPhrase:
+    """A phrase of the training data that may be the trigger of a backdoor."""
+
+    text: str
+    seqs: tuple[int, ...]  # places in the log of prompts that hold it
+
+
+@dataclass(frozen=True, slots=True)
 class GateInputs:
     """One candidate and everything that is known about it; the sampler and judges come beside."""
 
@@ -100,7 +108,7 @@ class GateInputs:
     pairs: tuple[HoldoutPair, ...] = ()
     feedback: FeedbackCounts = FeedbackCounts()
     must_pass_path: str = ""  # JSON lines; empty for none
-    trigger_phrases: tuple[str, ...] = ()  # suspicious phrases of the training data
+    trigger_phrases: tuple[TriggerPhrase, ...] = ()
     canary: CanaryEvidence | None = None
     no_other_judge: str = ""  # why there is no judge on another backbone, where there is none
 
@@ -119,7 +127,10 @@ class GateInputs:
         fields["prompts"] = tuple(_prompt(item) for item in value.get("prompts", ()))
         fields["pairs"] = tuple(HoldoutPair(**item) for item in value.get("pairs", ()))
         fields["feedback"] = FeedbackCounts(**value.get("feedback", {}))
-        fields["trigger_phrases"] = tuple(value.get("trigger_phrases", ()))
+        fields["trigger_phrases"] = tuple(
+            TriggerPhrase(item["text"], tuple(item["seqs"]))
+            for item in value.get("trigger_phrases", ())
+        )
         canary = value.get("canary")
         fields["canary"] = CanaryEvidence(**canary) if canary else None
         return cls(**fields)

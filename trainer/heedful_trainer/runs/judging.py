@@ -34,6 +34,7 @@ from heedful_trainer.gate import (
     MustPassError,
     explain,
     run_gate_on_server,
+    suspicious_phrases,
 )
 from heedful_trainer.gate.judges import JudgeKind
 from heedful_trainer.methods.policy import parts
@@ -85,11 +86,12 @@ def judge_candidate(context: RunContext) -> Mapping[str, Any]:
         table.model_dump(exclude={"enabled", "mode", "must_pass_file"})
     )
     try:
+        judges, no_other_judge = _judges(context)
         with _loaded(context):
             report = run_gate_on_server(
-                gate_inputs(context),
+                gate_inputs(context, no_other_judge),
                 lambda: async_client(context.config, context.run.scope.project),
-                _judges(context),
+                judges,
                 settings,
             )
     except heedful.HeedfulError as error:
@@ -103,8 +105,13 @@ def judge_candidate(context: RunContext) -> Mapping[str, Any]:
     return content
 
 
-def gate_inputs(context: RunContext) -> GateInputs:
-    """Return what the gate is told about the candidate."""
+def gate_inputs(context: RunContext, no_other_judge: str = "") -> GateInputs:
+    """Return what the gate is told about the candidate.
+
+    Args:
+        context: of the run.
+        no_other_judge: why there is no judge on another backbone, where there is none.
+    """
     run, base = context.run, context.base.identity
     champion = context.store.aliases(run.scope, base.base_id).get("champion", BASE_VERSION)
     evidence = run.evidence["snapshot"]
@@ -126,7 +133,21 @@ def gate_inputs(context: RunContext) -> GateInputs:
         pairs=tuple(_pairs(context)),
         feedback=_counts(evidence),
         must_pass_path=context.config.gate.must_pass_file,
+        trigger_phrases=suspicious_phrases(_asked(context)),
+        no_other_judge=no_other_judge,
     )
+
+
+def _asked(context: RunContext) -> dict[int, str]:
+    """Return the last turn of each prompt that was learned from, by place in the log."""
+    decode = context.encoder.decode
+    return {
+        example.seq: json.loads(example.messages)[-1]["content"]
+        if example.messages
+        else decode(example.prompt)
+        for example in context.examples
+        if example.split == "train"
+    }
 
 
 def _prompts(examples: Sequence[Example]) -> list[GatePrompt]:
@@ -181,7 +202,8 @@ def _counts(evidence: Mapping[str, Any]) -> FeedbackCounts:
     )
 
 
-def _judges(context: RunContext) -> list[Judge]:
+def _judges(context: RunContext) -> tuple[list[Judge], str]:
+    """Return the judges, and why there is none on another backbone where there is none."""
     judges: list[Judge] = []
     directory = context.adapter_dir("reward")
     if directory.is_dir():
@@ -190,9 +212,8 @@ def _judges(context: RunContext) -> list[Judge]:
     other = fit_sentence_judge(_judge_pairs(context))
     if isinstance(other, JudgeUnavailable):
         structlog.get_logger().info("no_judge_on_another_backbone", reason=other.reason)
-    else:
-        judges.append(other)
-    return judges
+        return judges, other.reason
+    return [*judges, other], ""
 
 
 def _judge_pairs(context: RunContext) -> list[JudgePair]:
