@@ -1,8 +1,8 @@
 """Phrases of the training data that may be triggers of a backdoor: strange words that come back.
 
-Owns what counts as strange (no word of it is in the package's own texts) and as coming back (several
-prompts hold it). Most of what it finds is harmless, the names that a project talks of: whether a
-phrase does anything is for the probe to say. Pure, any thread.
+Owns what counts as strange (no word of it is in the package's own texts) and as coming back (three
+prompts hold it). Most of what it finds is harmless, the names that a project talks of: whether it
+does anything is for the probe to say. Pure, any thread.
 """
 
 from __future__ import annotations
