@@ -51,6 +51,7 @@ from heedful_store.projects import Project
 from heedful_store.records import (
     DEFAULT_PROJECT,
     DEFAULT_TENANT,
+    SCOPE_NAME_RULE,
     Candidate,
     Comparison,
     Completion,
@@ -61,6 +62,7 @@ from heedful_store.records import (
     Receipt,
     Scope,
     StoredFeedback,
+    is_scope_name,
 )
 from heedful_store.runs import Control, Run, RunChanges, RunInput, RunKind, RunStatus, Split
 from heedful_store.store import Store, open_store
@@ -74,6 +76,7 @@ __all__ = [
     "DEFAULT_TENANT",
     "KEY_SCOPES",
     "LABEL_FLAGS",
+    "SCOPE_NAME_RULE",
     "Ack",
     "Action",
     "AdapterDamaged",
@@ -152,6 +155,7 @@ __all__ = [
     "WriterStats",
     "downgrade",
     "fate_of",
+    "is_scope_name",
     "is_uuid7",
     "migrate",
     "now_ms",

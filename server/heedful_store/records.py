@@ -6,6 +6,7 @@ neither SQL nor threads. Every class is immutable; times are milliseconds since 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -21,6 +22,13 @@ FeedbackState = Literal["stored", "pending", "dead", "erased"]
 
 DEFAULT_TENANT = "default"
 DEFAULT_PROJECT = "default"
+SCOPE_NAME_RULE = "letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 128"
+_SCOPE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def is_scope_name(name: str) -> bool:
+    """Return whether a tenant or a project may be called so: both are parts of paths."""
+    return _SCOPE_NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True)

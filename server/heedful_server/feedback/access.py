@@ -4,15 +4,12 @@ Owns the two rules that every door of feedback shares: a project of one's own te
 the scope `feedback:any` or the token that came with the answer. Pure functions.
 """
 
-import re
-
-from heedful_store import DEFAULT_PROJECT, NotFound, Scope
+from heedful_store import DEFAULT_PROJECT, SCOPE_NAME_RULE, NotFound, Scope, is_scope_name
 
 from heedful_server import errors
 from heedful_server.feedback.tokens import BadToken, Claims, TokenKind, Tokens
 from heedful_server.identity import FEEDBACK_ANY, Caller
 
-_PROJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # One wording for what does not exist and for what is somebody else's.
 UNKNOWN_TARGET = "the answer or comparison that is judged"
 
@@ -31,10 +28,8 @@ def scope_of(caller: Caller, project: str) -> Scope:
             raise errors.NotFound(f"no project {project[:80]!r}; the key opens {caller.project!r}")
         return Scope(caller.tenant, caller.project)
     name = project or DEFAULT_PROJECT
-    # The name is part of the path of the project's versions.
-    if _PROJECT_NAME.fullmatch(name) is None:
-        rule = "letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 128"
-        raise errors.InvalidRequest("project", f"must be {rule}")
+    if not is_scope_name(name):
+        raise errors.InvalidRequest("project", f"must be {SCOPE_NAME_RULE}")
     return Scope(caller.tenant, name)
 
 

@@ -10,7 +10,16 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from heedful_store import KEY_SCOPES, ApiKey, NewKey, Scope, Store, StoreError
+from heedful_store import (
+    KEY_SCOPES,
+    SCOPE_NAME_RULE,
+    ApiKey,
+    NewKey,
+    Scope,
+    Store,
+    StoreError,
+    is_scope_name,
+)
 from heedful_store.schema import api_keys
 from sqlalchemy import select
 
@@ -28,13 +37,15 @@ def create(
     """Make a key; an empty project opens every project of the tenant.
 
     Raises:
-        InvalidConfig: no scope is given, or one that does not exist.
+        InvalidConfig: no scope is given, or one that does not exist, or a name that cannot be one.
         StartupError: the store cannot be opened or written.
     """
     if not scopes or not KEY_SCOPES.issuperset(scopes):
         raise InvalidConfig(f"--scope: must be one or more of {', '.join(sorted(KEY_SCOPES))}")
-    if not scope.tenant:
-        raise InvalidConfig("--tenant: must not be empty")
+    if not is_scope_name(scope.tenant):
+        raise InvalidConfig(f"--tenant: must be {SCOPE_NAME_RULE}")
+    if scope.project and not is_scope_name(scope.project):
+        raise InvalidConfig(f"--project: must be {SCOPE_NAME_RULE}")
     expires_at_ms = None
     if expires_days is not None:
         expires_at_ms = int(time.time() * 1000) + expires_days * _DAY_MS

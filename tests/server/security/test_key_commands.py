@@ -71,6 +71,15 @@ def test_unknown_scope_is_refused_and_the_scopes_are_named(run):
     assert "feedback:any" in str(result.exception)
 
 
+@pytest.mark.parametrize("option", ["--tenant", "--project"])
+@pytest.mark.parametrize("name", ["..", "a/b", ".hidden", "x" * 129, "two words"])
+def test_a_name_that_cannot_be_part_of_a_path_is_refused(run, store, option, name):
+    refused = run("create", option, name, "--scope", "generate")
+    assert isinstance(refused.exception, InvalidConfig)
+    assert str(refused.exception).startswith(f"{option}: must be letters")
+    assert store.list_keys(name) == []
+
+
 def test_unknown_key_is_refused(run):
     result = run("revoke", "none")
     assert isinstance(result.exception, StartupError)
