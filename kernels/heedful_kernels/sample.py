@@ -63,6 +63,8 @@ _MAX_VOCAB: Final = 1 << 18
 _DEPTH: Final = 10.0
 _CANDIDATES: Final = 4096
 _MAX_EDITS: Final = 2048
+_MAX_SPLITS: Final = 16
+_FIXED_SPLITS: Final = 8
 _BUCKETS: Final = 2048
 
 
@@ -126,12 +128,13 @@ class Sampled(NamedTuple):
     passes_R: Tensor  # int32: 1, or 2 or 3 where the prefix was long (see above)
 
 
-def sample(logits_RV: Tensor, settings: SampleSettings) -> Sampled:
+def sample(logits_RV: Tensor, settings: SampleSettings, *, fixed_splits: bool = False) -> Sampled:
     """Draw one token for every row.
 
     Args:
         logits_RV: bf16, fp16 or fp32 (fp64 by the reference), unit stride along rows, V <= 2^18.
-        settings: of the R rows.
+        settings: of the R rows; widths of edits that occur again and again are compiled for once.
+        fixed_splits: cut rows up alike for every R, for bits that do not depend on the batch.
 
     Raises:
         RefusedInputError: shapes or dtypes do not go together.
@@ -148,6 +151,7 @@ def sample(logits_RV: Tensor, settings: SampleSettings) -> Sampled:
             settings.log_min_p_R,
             [] if edits is None else _edit_tensors(edits),
             settings.allowed_RW,
+            fixed_splits,
         )
     )
 
@@ -293,11 +297,13 @@ class _Sizes:
         return self.splits * self.capacity
 
 
-def _sizes(logits_RV: Tensor, num_edits: int) -> _Sizes:
+def _sizes(logits_RV: Tensor, num_edits: int, *, fixed_splits: bool) -> _Sizes:
     rows, vocab = logits_RV.shape
     block = 512 if INTERPRETED else 4096
     wanted = cdiv(2 * num_multiprocessors(logits_RV.device), max(rows, 1))
-    splits = max(1, min(2 if INTERPRETED else wanted, 16, cdiv(vocab, block)))
+    # Kernels are compiled for the candidates of a split: few numbers of splits occur.
+    wanted = _FIXED_SPLITS if fixed_splits else next_power_of_2(min(wanted, _MAX_SPLITS))
+    splits = max(1, min(2 if INTERPRETED else wanted, cdiv(vocab, block)))
     per_split = cdiv(cdiv(vocab, splits), block) * block
     splits = cdiv(vocab, per_split)
     candidates = 512 if INTERPRETED else _CANDIDATES
@@ -316,6 +322,7 @@ def _op(
     log_min_p_R: Tensor,
     edits: list[Tensor],
     allowed_RW: Tensor | None,
+    fixed_splits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     record = SampleEdits(*edits) if edits else None
     settings = SampleSettings(
@@ -326,7 +333,8 @@ def _op(
     unsupported = unsupported or ("many_edits" if num_edits > _MAX_EDITS else "")
     if len(logits_RV) == 0 or not runs_triton(_NAME, logits_RV, unsupported):
         return tuple(sample_reference_batch(logits_RV, settings))  # type: ignore[return-value]
-    return tuple(_launch(logits_RV, settings, _sizes(logits_RV, num_edits)))  # type: ignore[return-value]
+    sizes = _sizes(logits_RV, num_edits, fixed_splits=fixed_splits)
+    return tuple(_launch(logits_RV, settings, sizes))  # type: ignore[return-value]
 
 
 def _launch(logits_RV: Tensor, settings: SampleSettings, sizes: _Sizes) -> Sampled:
@@ -492,6 +500,7 @@ def _(
     log_min_p_R: Tensor,
     edits: list[Tensor],
     allowed_RW: Tensor | None,
+    fixed_splits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = logits_RV.shape[0]
     floats = [logits_RV.new_empty(rows, dtype=torch.float32) for _ in range(3)]

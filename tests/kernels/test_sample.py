@@ -234,6 +234,7 @@ def test_the_operator_is_registered_as_torch_wants_it(device: torch.device) -> N
             settings.log_min_p_R,
             [],
             None,
+            False,
         ),
         test_utils=("test_schema", "test_faketensor"),
     )

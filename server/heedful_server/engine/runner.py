@@ -5,18 +5,20 @@ them; the only torch state of the engine. Knows nothing of requests, queues or t
 engine child's main thread, but for load_adapter.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from heedful_server.engine.adapter_slots import LoadOutcome
-from heedful_server.engine.batch import ScoredRows, prepare_step
+from heedful_server.engine.batch import PreparedStep, ScoredRows, prepare_step
+from heedful_server.engine.draws import plan_draws, read_draws
 from heedful_server.engine.sampler import SampledTokens, SamplerRow, sample, token_logprobs
 from heedful_server.engine.scheduler import StepPlan
 from heedful_server.engine.sequence import Sequence
 from heedful_server.model.adapter import RewardHeads, read_adapter
+from heedful_server.model.batch import ForwardResult
 from heedful_server.model.decoder import Decoder
 from heedful_server.protocol import AdapterRole
 
@@ -77,21 +79,38 @@ class Runner:
         if plan.copies:
             self.decoder.copy_blocks(self._kv_cache, plan.copies)
         prepared = prepare_step(plan, self._block_size)
-        result = self.decoder.forward(prepared.batch, self._kv_cache)
-        logits_RV, stats = result.logits_RV, result.stats
-        sampled = None
-        if prepared.sample_rows:
-            wanted = prepared.sample_rows
-            wanted_stats = None if stats is None else stats.select(wanted)
-            sampled = sample(_select_rows(logits_RV, wanted), rows, wanted_stats)
+        sampled: SampledTokens | None
+        if prepared.sample_rows and self.decoder.draws_tokens:
+            result, sampled = self._forward_and_draw(prepared, rows)
+        else:
+            result = self.decoder.forward(prepared.batch, self._kv_cache)
+            sampled = _sample(result, prepared.sample_rows, rows)
         return StepResult(
             sampled,
-            [_score(logits_RV, scored) for scored in prepared.scored],
+            [_score(result.logits_RV, scored) for scored in prepared.scored],
             [
                 (sequence, _rewards(self._heads[sequence.adapter_slot], hidden_H))
                 for sequence, hidden_H in zip(prepared.hidden, result.hidden_QH, strict=True)
             ],
         )
+
+    def _forward_and_draw(
+        self, prepared: PreparedStep, rows: list[SamplerRow]
+    ) -> tuple[ForwardResult, SampledTokens]:
+        batch = prepared.batch
+        vocab_size = self.decoder.spec.vocab_size
+        plan = plan_draws(rows, prepared.sample_rows, len(batch.logit_rows_R), vocab_size)
+        result = self.decoder.forward(replace(batch, draws=plan.draws), self._kv_cache)
+        return result, read_draws(plan, result, rows)
+
+
+def _sample(
+    result: ForwardResult, wanted: list[int], rows: list[SamplerRow]
+) -> SampledTokens | None:
+    if not wanted:
+        return None
+    stats = None if result.stats is None else result.stats.select(wanted)
+    return sample(_select_rows(result.logits_RV, wanted), rows, stats)
 
 
 def _rewards(heads: RewardHeads, hidden_H: Tensor) -> list[float]:

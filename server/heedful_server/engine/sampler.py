@@ -41,8 +41,8 @@ from heedful_server.model.batch import RowStats
 from heedful_server.protocol import SamplingParams
 
 FAILED_TOKEN_ID = -1
-_NOT_FINITE = "the model's logits are not finite"
-_NONE_ALLOWED = "no token is allowed: logit bias and constraint exclude every one"
+NOT_FINITE_ERROR = "the model's logits are not finite"
+NONE_ALLOWED_ERROR = "no token is allowed: logit bias and constraint exclude every one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def sample(
         return _sample_all(logits_RV, rows)
     sampled = _read_off(stats)
     if others:
-        _put(sampled, others, _sample_all(logits_RV[others], [rows[idx] for idx in others]))
+        put(sampled, others, _sample_all(logits_RV[others], [rows[idx] for idx in others]))
     return sampled
 
 
@@ -145,7 +145,7 @@ def _read_off(stats: RowStats) -> SampledTokens:
     raw_max: list[float] = stats.max_R.tolist()
     lse: list[float] = stats.lse_R.tolist()
     errors = [
-        None if token_id >= 0 and math.isfinite(best) else _NOT_FINITE
+        None if token_id >= 0 and math.isfinite(best) else NOT_FINITE_ERROR
         for token_id, best in zip(token_ids, raw_max, strict=True)
     ]
     bad = [error is not None for error in errors]
@@ -165,7 +165,8 @@ def _read_off(stats: RowStats) -> SampledTokens:
     )
 
 
-def _put(sampled: SampledTokens, rows: list[int], part: SampledTokens) -> None:
+def put(sampled: SampledTokens, rows: list[int], part: SampledTokens) -> None:
+    """Put what was sampled for some rows in their places."""
     for position, idx in enumerate(rows):
         sampled.token_ids[idx] = part.token_ids[position]
         sampled.logprobs[idx] = part.logprobs[position]
@@ -214,10 +215,14 @@ def _edit(logits_V: Tensor, row: SamplerRow) -> None:
         _forbid_ending(logits_V, row)
 
 
-def _forbid_ending(logits_V: Tensor, row: SamplerRow) -> None:
+def ending_ids(row: SamplerRow) -> set[int]:
+    """Tokens that would end the completion."""
     ending = set(row.params.stop_token_ids)
-    if not row.params.ignore_eos:
-        ending |= row.eos_token_ids
+    return ending if row.params.ignore_eos else ending | row.eos_token_ids
+
+
+def _forbid_ending(logits_V: Tensor, row: SamplerRow) -> None:
+    ending = ending_ids(row)
     if row.token_mask is None:
         forbid(logits_V, ending)
         return
@@ -235,9 +240,9 @@ def _errors(logits_RV: Tensor, edited_RV: Tensor) -> list[str | None]:
     errors: list[str | None] = []
     for raw, edited in zip(raw_max, edited_max, strict=True):
         if not math.isfinite(raw) or (not math.isfinite(edited) and edited != -math.inf):
-            errors.append(_NOT_FINITE)
+            errors.append(NOT_FINITE_ERROR)
         else:
-            errors.append(_NONE_ALLOWED if edited == -math.inf else None)
+            errors.append(NONE_ALLOWED_ERROR if edited == -math.inf else None)
     return errors
 
 

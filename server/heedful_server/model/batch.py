@@ -7,6 +7,7 @@ engine child's main thread. Knows nothing of requests or of weights.
 from dataclasses import dataclass, replace
 
 import torch
+from heedful_kernels.sample import SampleSettings
 from torch import Tensor
 
 
@@ -25,6 +26,17 @@ class RowStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Draws:
+    """What a decoder that draws tokens itself is to draw: settings on the host, one row a draw.
+
+    rows_D int64 names the row of logits of each draw; None: every row once, in order.
+    """
+
+    settings: SampleSettings
+    rows_D: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardResult:
     """What one forward pass gives back; all of it may be overwritten by the next one.
 
@@ -34,6 +46,8 @@ class ForwardResult:
     logits_RV: Tensor
     stats: RowStats | None
     hidden_QH: Tensor  # what the head reads: final-normed, fp32 (fp64 in fp64 mode)
+    # What was drawn where draws were asked for, fp64 [6, D]; cuda_draws.py reads it.
+    drawn_6D: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +68,7 @@ class ForwardBatch:
     logit_rows_R: Tensor  # int64 rows of T
     hidden_rows: tuple[int, ...] = ()  # rows of T whose final hidden state is wanted
     adapter_slots: tuple[int, ...] | None = None  # of each sequence, or -1; None when none has one
+    draws: Draws | None = None  # asked only of a decoder that draws tokens
 
     def to(self, device: torch.device) -> "ForwardBatch":
         """The same batch on a device; itself when it is there already."""

@@ -4,15 +4,17 @@ Owns `CudaDecoder` and the order of the operations; the kernels own their formul
 the replaying of small steps. Computes what `TorchDecoder` computes, from the same weights and the
 same cache layout: the residual stream is fp32, each sum is added to it and normalised in one
 launch, rotation and cache write are one, attention reads the cache through the block tables, and
-every adapter of a batch is added in one pair of launches a linear. Nothing waits for the device.
+every adapter of a batch is added in one pair of launches a linear, and tokens are drawn where the
+logits are. Nothing waits for the device.
 Knows nothing of files or requests. Runs in the engine child's main thread, but for load_adapter.
 
 On a CPU the operations run their torch references (or Triton's interpreter): that is how the tests
 compare it with `TorchDecoder`, and no way to serve.
 """
 
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -30,6 +32,7 @@ from heedful_server.model import kv_cache as kv
 from heedful_server.model.adapter import AdapterWeights
 from heedful_server.model.batch import ForwardBatch, ForwardResult
 from heedful_server.model.cuda_adapters import AdapterSlots, LayerSlots, add_adapters_
+from heedful_server.model.cuda_draws import draw, draw_settled
 from heedful_server.model.cuda_graphs import GraphedSteps
 from heedful_server.model.cuda_step import CudaStep, make_step
 from heedful_server.model.decoder import DecoderWeights, LayerWeights, weight_bytes
@@ -76,6 +79,7 @@ class _Shared:
 class CudaDecoder:
     """A spec's weights on the Triton kernels."""
 
+    draws_tokens = True
     kernel_path = "triton"
 
     def __init__(
@@ -99,7 +103,10 @@ class CudaDecoder:
         )
         self._adapters: AdapterSlots | None = None
         self._own_fallbacks: dict[str, int] = {}
-        self._graphs = GraphedSteps(self._compute) if graphs and device.type == "cuda" else None
+        # Held by whoever captures a step or loads an adapter: the two would disturb each other.
+        self._device_lock = threading.Lock()
+        graphed = graphs and device.type == "cuda"
+        self._graphs = GraphedSteps(self._compute, self._device_lock) if graphed else None
 
     @property
     def fallbacks(self) -> dict[str, int]:
@@ -128,7 +135,8 @@ class CudaDecoder:
     def load_adapter(self, slot: int, weights: AdapterWeights) -> int:
         """Put an adapter into a slot that no sequence has, from any thread; return its bytes."""
         assert self._adapters is not None, "reserve_adapters comes first"
-        return self._adapters.load(slot, weights)
+        with self._device_lock:
+            return self._adapters.load(slot, weights)
 
     def drop_adapter(self, slot: int) -> None:
         """Empty a slot that no sequence has."""
@@ -139,9 +147,12 @@ class CudaDecoder:
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> ForwardResult:
         """Write the batch's keys and values; logits [R, vocab] in fp32."""
         if self._graphs is not None and self._graphs.takes(batch):
-            return self._graphs.run(batch, kv_cache, self.spec.context_tokens)
-        step = make_step(batch, self.device)
-        return self._compute(step, kv_cache)
+            result = self._graphs.run(batch, kv_cache, self.spec.context_tokens)
+        else:
+            result = self._compute(make_step(batch, self.device), kv_cache)
+        if batch.draws is None or result.drawn_6D is not None:
+            return result
+        return replace(result, drawn_6D=draw(result.logits_RV, batch.draws, fixed_splits=False))
 
     def _compute(self, step: CudaStep, kv_cache: KVCache) -> ForwardResult:
         weights, adapters = self._weights, self._adapters
@@ -160,7 +171,11 @@ class CudaDecoder:
             x_TH.add_(update)
         wanted_RH = self._final(x_TH.index_select(0, step.logit_rows_R), self.dtype)
         hidden_QH = self._final(x_TH.index_select(0, step.hidden_rows_Q), torch.float32)
-        return ForwardResult(self._logits(wanted_RH), None, hidden_QH)
+        logits_RV = self._logits(wanted_RH)
+        drawn_6R = None
+        if step.settings is not None:
+            drawn_6R = draw_settled(logits_RV, step.settings, fixed_splits=False)
+        return ForwardResult(logits_RV, None, hidden_QH, drawn_6R)
 
     def _shared(self, step: CudaStep) -> _Shared:
         if self._frequencies is None:

@@ -2,12 +2,14 @@
 
 Owns the captured graphs, one per size of step, and their static tensors; a size is captured when it
 first occurs. Knows neither weights nor kernels: it is handed the function that computes a step. All
-graphs share one pool of memory, since never two run at once. Used by the engine child's main
-thread.
+graphs share one pool of memory, since never two run at once. What a step draws without edits and
+masks is part of its graph; other draws follow it, on the device too. Used by the engine child's
+main thread; the lock keeps other threads' work on the device out of a capture.
 
 Not run on a GPU yet: the tests check the padded step that a graph would replay.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -43,8 +45,9 @@ class _Graph:
 class GraphedSteps:
     """Steps of one token per sequence, by size."""
 
-    def __init__(self, compute: Compute) -> None:
+    def __init__(self, compute: Compute, device_lock: threading.Lock) -> None:
         self._compute = compute
+        self._device_lock = device_lock
         self._graphs: dict[StepSize, _Graph] = {}
         self._pool: Any = None
 
@@ -61,12 +64,14 @@ class GraphedSteps:
         size = step_size(batch, context_tokens)
         captured = self._graphs.get(size)
         if captured is None:
-            captured = self._graphs[size] = self._capture(size, kv_cache)
+            with self._device_lock:
+                captured = self._graphs[size] = self._capture(size, kv_cache)
         fill_step(captured.step, batch)
         captured.graph.replay()
         rows = len(batch.context_lens)
         result = captured.result
-        return ForwardResult(result.logits_RV[:rows], None, result.hidden_QH)
+        drawn = None if result.drawn_6D is None else result.drawn_6D[:, :rows]
+        return ForwardResult(result.logits_RV[:rows], None, result.hidden_QH, drawn)
 
     def _capture(self, size: StepSize, kv_cache: KVCache) -> _Graph:
         step = empty_step(size, kv_cache.block_size, kv_cache.data.device)
@@ -79,6 +84,6 @@ class GraphedSteps:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = self._compute(step, kv_cache)
         return _Graph(step, graph, result)

@@ -2,7 +2,8 @@
 
 Owns the record, its making from a batch, and the padding of a step of single tokens to a bucket of
 rows and of context: padding rows have slot -1 (nothing is written), a context of 0 (attention gives
-zeros) and no adapter. Knows no weights. Used by the engine child's main thread.
+zeros), no adapter and a greedy draw that nobody reads. Knows no weights. Used by the engine
+child's main thread.
 """
 
 import bisect
@@ -10,9 +11,12 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from heedful_kernels.sample import SampleSettings
 from torch import Tensor
 
 from heedful_server.model.batch import ForwardBatch
+from heedful_server.model.cuda_draws import empty_settings, fill_settings, is_plain
+from heedful_server.model.to_device import pinned, sent
 
 ROW_BUCKETS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 # More programs than a context needs return at once, so few sizes are enough.
@@ -35,6 +39,7 @@ class CudaStep:
     adapter_slots_T: Tensor | None
     max_query_tokens: int
     max_context_tokens: int
+    settings: SampleSettings | None = None  # of the draws that are part of a captured step
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,7 @@ class StepSize:
     rows: int
     context_tokens: int
     adapters: bool
+    draws: bool
 
 
 def make_step(batch: ForwardBatch, device: torch.device) -> CudaStep:
@@ -53,16 +59,16 @@ def make_step(batch: ForwardBatch, device: torch.device) -> CudaStep:
     adapters = None
     if batch.adapter_slots is not None:
         slots_S = torch.tensor(batch.adapter_slots, dtype=torch.int32)
-        adapters = _sent(slots_S.repeat_interleave(lengths), device)
+        adapters = sent(slots_S.repeat_interleave(lengths), device)
     return CudaStep(
-        token_ids_T=_sent(batch.token_ids_T, device),
-        positions_T=_sent(batch.positions_T, device),
-        slots_T=_sent(batch.slot_mapping_T, device),
-        block_tables_SN=_sent(batch.block_tables_SN, device),
-        query_starts_S1=_sent(starts, device),
-        context_lens_S=_sent(torch.tensor(batch.context_lens, dtype=torch.int32), device),
-        logit_rows_R=_sent(batch.logit_rows_R, device),
-        hidden_rows_Q=_sent(torch.tensor(batch.hidden_rows, dtype=torch.int64), device),
+        token_ids_T=sent(batch.token_ids_T, device),
+        positions_T=sent(batch.positions_T, device),
+        slots_T=sent(batch.slot_mapping_T, device),
+        block_tables_SN=sent(batch.block_tables_SN, device),
+        query_starts_S1=sent(starts, device),
+        context_lens_S=sent(torch.tensor(batch.context_lens, dtype=torch.int32), device),
+        logit_rows_R=sent(batch.logit_rows_R, device),
+        hidden_rows_Q=sent(torch.tensor(batch.hidden_rows, dtype=torch.int64), device),
         adapter_slots_T=adapters,
         max_query_tokens=int(lengths.max()),
         max_context_tokens=max(batch.context_lens),
@@ -87,7 +93,8 @@ def step_size(batch: ForwardBatch, context_tokens: int) -> StepSize:
     context = _SMALLEST_CONTEXT
     while context < max(batch.context_lens):
         context *= _CONTEXT_FACTOR
-    return StepSize(rows, min(context, context_tokens), batch.adapter_slots is not None)
+    has_adapters = batch.adapter_slots is not None
+    return StepSize(rows, min(context, context_tokens), has_adapters, is_plain(batch.draws))
 
 
 def empty_step(size: StepSize, block_size: int, device: torch.device) -> CudaStep:
@@ -109,6 +116,7 @@ def empty_step(size: StepSize, block_size: int, device: torch.device) -> CudaSte
         adapter_slots_T=filled(-1, rows) if size.adapters else None,
         max_query_tokens=1,
         max_context_tokens=size.context_tokens,
+        settings=empty_settings(rows, device) if size.draws else None,
     )
 
 
@@ -125,21 +133,13 @@ def fill_step(step: CudaStep, batch: ForwardBatch) -> None:
         assert batch.adapter_slots is not None
         slots = torch.tensor(batch.adapter_slots, dtype=torch.int32)
         pairs.append((step.adapter_slots_T, slots, -1))
+    if step.settings is not None:
+        assert batch.draws is not None
+        fill_settings(step.settings, batch.draws.settings)
     for target, source, padding in pairs:
-        target[:rows].copy_(_pinned(source, target.device), non_blocking=True)
+        target[:rows].copy_(pinned(source, target.device), non_blocking=True)
         target[rows:].fill_(padding)
     tables = batch.block_tables_SN
     step.block_tables_SN[:rows, : tables.shape[1]].copy_(
-        _pinned(tables, step.block_tables_SN.device), non_blocking=True
+        pinned(tables, step.block_tables_SN.device), non_blocking=True
     )
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    return _pinned(tensor, device).to(device, non_blocking=True)
-
-
-def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    # A copy from pageable memory would wait for the device.
-    if device.type != "cuda" or tensor.is_cuda or tensor.is_pinned() or tensor.numel() == 0:
-        return tensor
-    return tensor.pin_memory()

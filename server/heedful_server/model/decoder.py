@@ -39,9 +39,11 @@ class Decoder(Protocol):
     """What the engine needs of a model, whichever kernels compute it.
 
     The cache is the decoder's own affair: callers keep it and hand it back. `fallbacks` counts, by
-    reason, what did not run on the fastest path.
+    reason, what did not run on the fastest path. One that `draws_tokens` also samples, as its
+    batch's `draws` say; of any other they must not be asked.
     """
 
+    draws_tokens: bool
     spec: DecoderSpec
     quantization: str
     kernel_path: str
@@ -132,6 +134,7 @@ class TorchDecoder:
     `attention.py`).
     """
 
+    draws_tokens = False
     kernel_path = "torch"
 
     def __init__(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from heedful_server.model.spec import DecoderSpec
+from heedful_server.model.to_device import sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,5 +57,5 @@ def copy_blocks(kv_cache: KVCache, pairs: Sequence[tuple[int, int]]) -> None:
     """Copy whole blocks (source, destination) in every layer; reads all before it writes any."""
     if not pairs:
         return
-    sources, destinations = torch.tensor(pairs, device=kv_cache.data.device).unbind(1)
+    sources, destinations = sent(torch.tensor(pairs), kv_cache.data.device).unbind(1)
     kv_cache.data.index_copy_(1, destinations, kv_cache.data.index_select(1, sources))

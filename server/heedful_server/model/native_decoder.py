@@ -82,6 +82,7 @@ class NativeDecoder:
     ) -> None:
         self.spec = spec
         self.quantization = quantization
+        self.draws_tokens = False
         self.kernel_path = f"native-{library.isa}"
         self.weight_bytes = weights.num_bytes
         self.device = torch.device("cpu")

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from heedful_kernels import launch
+from heedful_kernels.sample import OK
 from heedful_server.model.adapter import read_adapter
-from heedful_server.model.batch import ForwardBatch
+from heedful_server.model.batch import Draws, ForwardBatch
 from heedful_server.model.cuda_decoder import CudaDecoder
+from heedful_server.model.cuda_draws import draw, empty_settings, read_drawn
 from heedful_server.model.cuda_linear import Nf4Linear
 from heedful_server.model.cuda_step import (
     ROW_BUCKETS,
@@ -155,6 +157,15 @@ def decode_batch(rows: int, **changes: Any) -> ForwardBatch:
     return replace(batch, **changes)
 
 
+def some_draws(rows: int) -> Draws:
+    """Greedy, plain and truncated rows in turns."""
+    settings = empty_settings(rows, CPU)
+    settings.keys_R2.random_(generator=torch.Generator().manual_seed(5))
+    settings.temperature_R.copy_((torch.arange(rows) % 3 > 0).float())
+    settings.top_p_R.copy_(torch.where(torch.arange(rows) % 3 == 2, 0.7, 1.0))
+    return Draws(settings)
+
+
 def test_only_steps_of_single_tokens_are_replayed() -> None:
     assert is_plain_decode(decode_batch(3))
     assert not is_plain_decode(decode_batch(3, hidden_rows=(1,)))
@@ -169,6 +180,11 @@ def test_sizes_of_replayed_steps_are_few_and_large_enough() -> None:
     assert len(sizes) == len(ROW_BUCKETS)
     size = step_size(decode_batch(3, context_lens=(5, 70_000, 2)), 100_000)
     assert (size.rows, size.context_tokens, size.adapters) == (4, 100_000, False)
+    assert not size.draws
+    assert step_size(decode_batch(3, draws=some_draws(3)), 4096).draws
+    assert not step_size(
+        decode_batch(3, draws=Draws(some_draws(3).settings, torch.tensor([0, 0, 1]))), 4096
+    ).draws
     assert step_size(decode_batch(3, context_lens=(5, 4096, 2)), 100_000).context_tokens == 4096
 
 
@@ -182,7 +198,7 @@ def test_a_padded_step_is_the_step_and_writes_nowhere_else(
     cache = decoder.allocate_kv_cache(60, 4)
     cache.data.normal_(generator=torch.Generator().manual_seed(1))
     plain, padded = cache.data.clone(), cache.data.clone()
-    batch = decode_batch(5, adapter_slots=(1, -1, 1, 0, -1))
+    batch = decode_batch(5, adapter_slots=(1, -1, 1, 0, -1), draws=some_draws(5))
     cache.data.copy_(plain)
     with torch.inference_mode():
         expected = decoder._compute(make_step(batch, CPU), cache)
@@ -190,12 +206,17 @@ def test_a_padded_step_is_the_step_and_writes_nowhere_else(
         step = empty_step(step_size(batch, 128), 4, CPU)
         assert len(step.token_ids_T) == 8
         # A fuller step went before: nothing of it may be left.
-        fill_step(step, decode_batch(8, adapter_slots=(1,) * 8))
+        fill_step(step, decode_batch(8, adapter_slots=(1,) * 8, draws=some_draws(8)))
         fill_step(step, batch)
         cache.data.copy_(padded)
         result = decoder._compute(step, cache)
     torch.testing.assert_close(result.logits_RV[:5], expected.logits_RV, rtol=0, atol=1e-5)
     torch.testing.assert_close(cache.data, plain, rtol=0, atol=1e-5)
+    assert batch.draws is not None
+    drawn = read_drawn(draw(expected.logits_RV, batch.draws, fixed_splits=False))
+    assert result.drawn_6D is not None
+    assert read_drawn(result.drawn_6D[:, :5]).token_ids == drawn.token_ids
+    assert (result.drawn_6D[4] == OK).all(), "padding is drawn too, and nothing is wrong with it"
     assert result.logits_RV.isfinite().all()
 
 
@@ -226,15 +247,18 @@ def test_replays_equal_eager_steps_on_a_gpu(llama_dir: Path) -> None:
     spec = read_spec(llama_dir)
     mode = resolve_mode("bfloat16", is_gguf=False, device=device)
     weights, form = load_weights(llama_dir, spec, mode, device, lambda stage, share: None)
-    results = []
+    results, drawn = [], []
     for graphs in (False, True):
         decoder = CudaDecoder(
             spec, weights, dtype=mode.dtype, device=device, quantization=form, graphs=graphs
         )
         cache = decoder.allocate_kv_cache(60, 4)
         for _ in range(2):
-            result = decoder.forward(decode_batch(5), cache)
+            result = decoder.forward(decode_batch(5, draws=some_draws(5)), cache)
         results.append(result.logits_RV.clone())
+        assert result.drawn_6D is not None
+        drawn.append(read_drawn(result.drawn_6D).token_ids)
+    assert drawn[0] == drawn[1]
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0.05)
 
 
