@@ -1,4 +1,4 @@
-"""PPO-ptx at a real server with a tiny model: a whole refresh, and a server that dies amid it."""
+"""PPO-ptx at a real server with a tiny model: whole refreshes, and a server that dies amid one."""
 
 import asyncio
 import json
@@ -17,9 +17,15 @@ import pytest
 import torch
 from heedful_store import Failpoints, Run, Scope, Store, adapter_files, uuid7
 from heedful_trainer.backbone import Backbone, BackboneOptions, load_backbone
-from heedful_trainer.config import TrainerConfig
+from heedful_trainer.config import Method, TrainerConfig
 from heedful_trainer.config_sources import Place, with_overrides
+from heedful_trainer.dataset import snapshot
+from heedful_trainer.dataset.text import TextEncoder
+from heedful_trainer.lora import read_weights
 from heedful_trainer.methods.hooks import NoHooks
+from heedful_trainer.methods.policy import parts
+from heedful_trainer.methods.scores import PolicyScorer
+from heedful_trainer.methods.sft import SftObjective
 from heedful_trainer.packing import Row
 from heedful_trainer.rollouts.drawing import RolloutDrawer
 from heedful_trainer.rollouts.records import Plan, Rollout
@@ -110,11 +116,26 @@ def vote(server: Server, project: str, count: int) -> None:
     asyncio.run(voting())
 
 
-def refresh(server: Server, project: str, config: TrainerConfig) -> tuple[Run, Place]:
+def show(server: Server, project: str, count: int) -> None:
+    """Demonstrations, as an import brings them."""
+    items = [
+        heedful.ImportItem(
+            f"shown-{i}", f"Name animal {chr(97 + i)}.", ("a cat",), heedful.Demonstration()
+        )
+        for i in range(count)
+    ]
+    with heedful.Client(server.target, project=project, timeout_s=60) as client:
+        receipts = client.import_feedback(items, source="test")
+    assert not [receipt for receipt in receipts if isinstance(receipt, Exception)]
+
+
+def refresh(
+    server: Server, project: str, config: TrainerConfig, method: Method = "ppo_ptx"
+) -> tuple[Run, Place]:
     url = f"sqlite:///{server.home / 'heedful.db'}"
     place = Place(server.home, url, "personal")
     with Store(url) as store:
-        run = Run(run_id=uuid7(), scope=Scope("local", project), method="ppo_ptx")
+        run = Run(run_id=uuid7(), scope=Scope("local", project), method=method)
         store.create_run(run).result()
         worker = Worker(
             store, place, config.model_copy(update={"target": server.target}), Failpoints()
@@ -153,6 +174,65 @@ def test_a_refresh_by_ppo_ptx_from_votes_to_a_version(server: Server) -> None:
     # What the reference wrote is kept for the base's next run.
     (texts,) = (place.home / "ptx").glob("*.jsonl")
     assert len(texts.read_text().splitlines()) == 16
+
+
+@pytest.mark.timeout(240)
+def test_the_preset_instructgpt_goes_from_demonstrations_to_a_version(server: Server) -> None:
+    vote(server, "preset", 36)
+    show(server, "preset", 24)
+    config = quick(preset="instructgpt", **{"ppo.start.learning_rate": 5e-3})
+    done, place = refresh(server, "preset", config)
+    assert (done.status, done.failure, done.method) == ("finished", None, "ppo_ptx")
+    assert done.config["preset"] == "instructgpt"
+    assert done.config["ppo.ema.decay"] == 0.992
+    training = done.evidence["policy"]["training"]
+    first = training["history"][0]
+    # What answers, what is learned and what the KL is measured from are the same at first.
+    assert first["kl_nats"] == 0
+    assert abs(first["sampled_kl_nats"]) < 0.5
+    assert first["mismatch_nats"] < 0.1
+    # The policy learns from the first iteration on, with the paper's γ as it stands.
+    assert all(row["ptx_coefficient"] == 27.8 for row in training["history"])
+    assert {row["beta"] for row in training["history"]} == {0.02}
+    assert done.evidence["snapshot"]["train"]["demonstrations"] > 8
+    assert not list((place.home / "runs" / done.run_id / "adapters").glob("ppo-*"))
+
+
+@pytest.mark.timeout(240)
+def test_sft_takes_the_epoch_whose_answers_the_reward_model_likes_best(server: Server) -> None:
+    vote(server, "sft", 36)
+    show(server, "sft", 24)
+    changed = {"sft.choose_by": "reward", "sft.epochs": 4, "sft.residual_dropout": 0.2}
+    # By this seed it is the second of the four, so that it is not the last one by chance.
+    changed |= {"sft.optimiser.learning_rate": 2e-2, "sft.optimiser.min_steps": 0, "run.seed": 3}
+    config = quick(**changed)
+    done, place = refresh(server, "sft", config, "sft")
+    assert (done.status, done.failure, done.method) == ("finished", None, "sft")
+    looks = [row for row in done.evidence["policy"]["training"]["history"] if "reward" in row]
+    assert len(looks) == 4
+    best = max(looks, key=lambda row: row["reward"])
+    assert best["loss"] == -best["reward"]
+    assert len({row["reward"] for row in looks}) > 1
+    # What was published is that epoch: it has its language-model loss on the validation part.
+    run_dir = place.home / "runs" / done.run_id
+    base_dir = Path(json.loads((run_dir / "base.json").read_text())["directory"])
+    backbone = load_backbone(base_dir, BackboneOptions("float32", 4, 32.0, 0.5, 1 << 26))
+    backbone.adapter.load(read_weights(run_dir / "adapters" / "policy"))
+    with Store(place.store_url) as store, heedful.Client(server.target) as client:
+        base = client.list_models().base
+        assert base is not None
+        found = snapshot.take(
+            store.judged_feedback(done.scope, "personal"),
+            base=snapshot.BaseIdentity(base.base_id, base.template_hash),
+            profile="personal",
+            settings=config.dataset,
+            encoder=TextEncoder(base_dir),
+        )
+    groups = parts(found.examples)
+    objective = SftObjective(PolicyScorer(backbone, 258), {}, [], groups["validation"])
+    assert objective.evaluate()["lm_loss"] == pytest.approx(best["lm_loss"], rel=1e-4)
+    others = [row["lm_loss"] for row in looks if row is not best]
+    assert best["lm_loss"] not in [pytest.approx(value, rel=1e-4) for value in others]
 
 
 @pytest.mark.timeout(240)
