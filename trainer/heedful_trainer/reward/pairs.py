@@ -7,10 +7,11 @@ thread.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from heedful_trainer.dataset.builders import Group
+from heedful_trainer.packing import Row
 from heedful_trainer.reward.model import RewardModel
 
 
@@ -29,14 +30,22 @@ class RewardPair:
         return sum(self.differences) / len(self.differences)
 
 
-def score_pairs(model: RewardModel, groups: Sequence[Group]) -> list[RewardPair]:
-    """Return every pair that a part of the dataset holds."""
+def score_groups(model: RewardModel, groups: Sequence[Group]) -> dict[Row, list[list[float]]]:
+    """Return the rewards of every answer, [answer][head] by row, each row computed once."""
+    rows = dict.fromkeys(group.row for group in groups)
+    return {row: model.score([row]).tolist() for row in rows}
+
+
+def pairs_of_groups(
+    groups: Sequence[Group], scored: Mapping[Row, Sequence[Sequence[float]]]
+) -> list[RewardPair]:
+    """Return every pair that a part of the dataset holds, with what `score_groups` found."""
     found: list[RewardPair] = []
     for group in groups:
         wanted = _wanted(group)
         if not wanted:
             continue
-        rewards = model.score([group.row]).tolist()
+        rewards = scored[group.row]
         answers = group.row.answers
         for first, second, outcome, source in wanted:
             differences = tuple(a - b for a, b in zip(rewards[first], rewards[second], strict=True))
@@ -49,7 +58,8 @@ def pair_differences(
     model: RewardModel, groups: Sequence[Group]
 ) -> tuple[list[float], list[float]]:
     """Return Δr and outcome of the pairs that calibration uses: no corrections."""
-    pairs = [pair for pair in score_pairs(model, groups) if pair.source != "correction"]
+    pairs = pairs_of_groups(groups, score_groups(model, groups))
+    pairs = [pair for pair in pairs if pair.source != "correction"]
     return [pair.difference for pair in pairs], [pair.outcome for pair in pairs]
 
 

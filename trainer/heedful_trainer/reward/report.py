@@ -7,13 +7,15 @@ from scoring. One thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from heedful_trainer import calibration as c
 from heedful_trainer.dataset.builders import Group
+from heedful_trainer.packing import Row
 from heedful_trainer.reward.model import RewardModel
-from heedful_trainer.reward.pairs import RewardPair, score_pairs
+from heedful_trainer.reward.pairs import RewardPair, pairs_of_groups, score_groups
 
 _LENGTH_BUCKETS = ((0, 32), (32, 128), (128, 1 << 30))  # tokens of the longer answer
 
@@ -29,7 +31,8 @@ def report_on_reward(
             changes no order.
         unseen: the part of it that the temperature was not fitted on either.
     """
-    pairs = score_pairs(model, unbiased)
+    scored = score_groups(model, [*unbiased, *unseen])
+    pairs = pairs_of_groups(unbiased, scored)
     decided = [pair for pair in pairs if pair.outcome != 0.5]
     without_corrections = [pair for pair in decided if pair.source != "correction"]
     sources = sorted({pair.source for pair in decided})
@@ -44,8 +47,8 @@ def report_on_reward(
             for low, high in _LENGTH_BUCKETS
         },
         "length_only_accuracy": _length_only(decided),
-        "length_correlation": _length_correlation(model, unbiased),
-        "calibration": _calibration(score_pairs(model, unseen), model.heads.temperature),
+        "length_correlation": _length_correlation(unbiased, scored),
+        "calibration": _calibration(pairs_of_groups(unseen, scored), model.heads.temperature),
         "temperature": model.heads.temperature,
         "head_error_correlation": _head_errors(decided, model.heads.temperature),
         "ties": len(pairs) - len(decided),
@@ -72,13 +75,15 @@ def _length_only(pairs: Sequence[RewardPair]) -> float | None:
     return max(longer, len(pairs) - longer) / len(pairs)
 
 
-def _length_correlation(model: RewardModel, groups: Sequence[Group]) -> float | None:
+def _length_correlation(
+    groups: Sequence[Group], scored: Mapping[Row, Sequence[Sequence[float]]]
+) -> float | None:
     """Return the mean rank correlation between reward and length within a prompt."""
     found = []
     for group in groups:
         answers = group.row.answers
         if len(set(map(len, answers))) > 1:
-            rewards = model.score([group.row]).mean(1).tolist()
+            rewards = [fmean(heads) for heads in scored[group.row]]
             found.append(c.spearman(rewards, [float(len(answer)) for answer in answers]))
     return sum(found) / len(found) if found else None
 
