@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from heedful_trainer.config import YieldSettings
@@ -38,6 +39,20 @@ def test_least_priority_is_taken_in_a_child() -> None:
         lower_priority("nice")
         os._exit(os.nice(0))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 19
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="no autogroups here")
+@pytest.mark.parametrize(("leads_session", "expected"), [(True, 19), (False, 0)])
+def test_a_session_of_its_own_gives_way_as_a_whole(leads_session: bool, expected: int) -> None:
+    parent = os.fork()
+    if parent == 0:
+        os.setsid()
+        child = 0 if leads_session else os.fork()
+        if child == 0:
+            lower_priority("nice")
+            os._exit(int(Path("/proc/self/autogroup").read_text().split()[-1]))
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    assert os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) == expected
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="not on this system")

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import structlog
 
@@ -19,6 +20,7 @@ from heedful_trainer.config import YieldSettings
 IsBusy = Callable[[], bool]
 
 _LEAST_PRIORITY = 19
+_AUTOGROUP = Path("/proc/self/autogroup")
 
 
 def lower_priority(scheduling: str) -> None:
@@ -31,6 +33,20 @@ def lower_priority(scheduling: str) -> None:
             scheduling = "nice"
     if scheduling == "nice":
         os.nice(_LEAST_PRIORITY)
+        _lower_session()
+
+
+def _lower_session() -> None:
+    """Lower this process's session too, where it leads one of its own, as under ``heedful up``.
+
+    Linux's autogroups share the cores among sessions first; a nice level counts within one alone.
+    """
+    if os.getsid(0) != os.getpid():
+        return
+    try:
+        _AUTOGROUP.write_text(str(_LEAST_PRIORITY))
+    except OSError as error:  # not on this system, or no permission
+        structlog.get_logger().info("session_priority_unchanged", reason=str(error))
 
 
 class Yielder:
