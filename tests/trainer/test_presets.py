@@ -1,13 +1,14 @@
 """The preset `instructgpt`: every number is the paper's, and gives way to what is set beside it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from heedful.cli.refresh import PresetChoice
 from heedful_trainer.config import TrainerConfig
 from heedful_trainer.config_sources import load, with_overrides
 from heedful_trainer.errors import InvalidConfig
-from heedful_trainer.presets import PRESETS
+from heedful_trainer.presets import PRESETS, Preset
 
 INSTRUCTGPT = PRESETS["instructgpt"]
 # An adapter learns at ten times the rate of whole weights; said in docs/explanation/instructgpt.md.
@@ -138,6 +139,10 @@ def test_a_resolved_run_comes_back_as_it_was() -> None:
     config = with_overrides(TrainerConfig(), {"preset": "instructgpt", "ppo.kl.beta": "0.1"})
     flat = {path: at(config, path) for path in [*INSTRUCTGPT, "preset"]}
     assert with_overrides(TrainerConfig(), flat) == config
+
+
+def test_the_command_line_knows_every_preset() -> None:
+    assert [choice.value for choice in PresetChoice] == list(get_args(Preset)) == list(PRESETS)
 
 
 def test_a_misspelt_preset_is_named() -> None:

@@ -233,3 +233,98 @@ def test_projects_do_not_see_each_others_versions(run, running, monkeypatch):
     monkeypatch.setenv("HEEDFUL_PROJECT", "demo-brief")
     assert "v1" not in run("models", "list").stdout
     assert run("models", "show", "v1").exit_code == 1
+
+
+SHOWN = '{"prompt": "Name a colour.", "completion": "Red."}\n'
+RANKED = (
+    '{"prompt": "Greet me.", "completions": ["Hi!", "Go away.", "Hm."], "ranking": [0, 2, 1]}\n'
+)
+ASKED = '{"prompt": "Sing."}\n{"messages": [{"role": "user", "content": "Count to 3."}]}\n'
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Writes the three files of InstructGPT and returns how they are given."""
+
+    def write(shown: str = SHOWN, ranked: str = RANKED, asked: str = ASKED) -> list[str]:
+        given = []
+        for option, text in (
+            ("demonstrations", shown),
+            ("comparisons", ranked),
+            ("prompts", asked),
+        ):
+            (tmp_path / f"{option}.jsonl").write_text(text)
+            given += [f"--{option}", str(tmp_path / f"{option}.jsonl")]
+        return given
+
+    return write
+
+
+def logged(run) -> list[dict]:
+    return [json.loads(line) for line in run("feedback", "export").stdout.splitlines()]
+
+
+def test_the_three_steps_of_instructgpt_from_files(run, running, three, tmp_path):
+    start = ["refresh", "--no-trainer", "--no-follow", "--preset", "instructgpt"]
+    done = run(*start, *three(), "--set", "ppo.iterations=2")
+    assert done.exit_code == 0, done.stderr
+    assert "demonstrations.jsonl: 1 records stored, 0 there before" in done.stderr
+    assert "comparisons.jsonl: 1 records stored, 0 there before" in done.stderr
+    assert running.store.lease_run("trainer", 60_000).result().config == {
+        "preset": "instructgpt",
+        "ppo.prompts": str(tmp_path / "prompts.jsonl"),
+        "ppo.iterations": "2",
+    }
+    assert len(logged(run)) == 2
+    run("refresh", "stop")
+    running.store.update_run(
+        running.store.find_runs(SCOPE)[0].run_id, "trainer", status="stopped"
+    ).result()
+    again = run(*start, *three())
+    assert "demonstrations.jsonl: 0 records stored, 1 there before" in again.stderr
+    assert len(logged(run)) == 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"shown": SHOWN + '{"prompt": "x"}\n'}, "demonstrations.jsonl: line 2: has no completion"),
+        ({"shown": RANKED}, "demonstrations.jsonl: line 1: has no completion"),
+        ({"ranked": SHOWN}, "comparisons.jsonl: line 1: holds demonstrations, not pairs or rank"),
+        (
+            {"ranked": RANKED + RANKED.replace("[0, 2, 1]", "[0, 0, 1]")},
+            "comparisons.jsonl: line 2: ranking must name each of the 3 completions once",
+        ),
+        ({"ranked": "\n"}, "comparisons.jsonl: holds no record"),
+        ({"asked": ASKED + '{"prompt": " "}\n'}, "prompts.jsonl: line 3: prompt: the prompt is em"),
+        ({"asked": '{"question": "x"}'}, "prompts.jsonl: line 1: has neither prompt nor messages"),
+        ({"asked": "[1"}, "prompts.jsonl: line 1: is not JSON"),
+    ],
+)
+def test_one_bad_line_keeps_all_three_files_from_being_imported(run, running, three, bad, said):
+    done = run("refresh", "--no-trainer", "--preset", "instructgpt", *three(**bad))
+    assert done.exit_code == 1
+    assert said in done.stderr
+    assert "Nothing was imported. Nothing was started." in done.stderr
+    assert logged(run) == []
+    assert running.store.find_runs(SCOPE) == []
+
+
+def test_every_bad_line_of_every_file_is_named(run, three):
+    done = run(
+        "refresh",
+        "--method",
+        "ppo_ptx",
+        *three("{}\n{}\n", "{}\n", "{}\n"),
+    )
+    places = ("demonstrations.jsonl: line 2", "comparisons.jsonl: line 1", "prompts.jsonl: line 1")
+    assert all(place in done.stderr for place in places)
+    assert "4 lines are not as they must be" in done.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--preset", "instructgpt", "--method", "sft"]])
+def test_prompts_are_for_ppo(run, running, three, more):
+    done = run("refresh", "--no-trainer", *three()[-2:], *more)
+    assert done.exit_code == 2
+    assert "ppo_ptx" in done.stderr
+    assert running.store.find_runs(SCOPE) == []

@@ -177,10 +177,15 @@ def test_a_refresh_by_ppo_ptx_from_votes_to_a_version(server: Server) -> None:
 
 
 @pytest.mark.timeout(240)
-def test_the_preset_instructgpt_goes_from_demonstrations_to_a_version(server: Server) -> None:
+def test_the_preset_instructgpt_goes_from_demonstrations_to_a_version(
+    server: Server, tmp_path: Path
+) -> None:
     vote(server, "preset", 36)
     show(server, "preset", 24)
-    config = quick(preset="instructgpt", **{"ppo.start.learning_rate": 5e-3})
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Sing."}\n{"messages": [{"role": "user", "content": "Hm?"}]}\n')
+    changed = {"ppo.start.learning_rate": 5e-3, "ppo.prompts": str(prompts)}
+    config = quick(preset="instructgpt", **changed)
     done, place = refresh(server, "preset", config)
     assert (done.status, done.failure, done.method) == ("finished", None, "ppo_ptx")
     assert done.config["preset"] == "instructgpt"

@@ -28,7 +28,11 @@ from heedful_trainer.ppo.report import ppo_evidence
 from heedful_trainer.reward.report import report_on_reward
 from heedful_trainer.reward.training import train_reward
 from heedful_trainer.runs.context import DATASET, RunContext, write_whole
-from heedful_trainer.runs.ppo_policy import train_by_ppo, write_ppo_report
+from heedful_trainer.runs.ppo_policy import (
+    require_prompts_readable,
+    train_by_ppo,
+    write_ppo_report,
+)
 from heedful_trainer.runs.sft_policy import train_sft_by_reward
 
 PAIRS = "pairs.json"
@@ -39,7 +43,9 @@ def take_snapshot(context: RunContext) -> Mapping[str, Any]:
 
     Raises:
         NotEnoughFeedback: no method can learn from it; found out before anything is trained.
+        InvalidConfig: likewise, a file that a later stage will read is not as it must be.
     """
+    require_prompts_readable(context.config)
     found = snapshot.take(
         context.store.judged_feedback(context.run.scope, context.place.profile),
         base=context.base.identity,

@@ -7,18 +7,19 @@ against. The algorithm is `ppo.loop`. Training thread.
 
 from __future__ import annotations
 
-import json
 import shutil
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import heedful
 import structlog
+from heedful.prompt_file import read_prompts
 from heedful_store import AdapterDamaged, adapter_files
 from torch import Tensor
 
+from heedful_trainer.config import TrainerConfig
 from heedful_trainer.dataset.examples import Example, Split
 from heedful_trainer.errors import InvalidConfig, NotEnoughFeedback, StageFailed
 from heedful_trainer.lora import read_weights
@@ -126,6 +127,7 @@ def prompts_of(context: RunContext, *, train: bool = True) -> Prompts:
 
     Raises:
         NotEnoughFeedback: none fits.
+        InvalidConfig: the file of more prompts is not as it must be.
         StageFailed: the server does not answer.
     """
     settings = context.config.ppo
@@ -138,7 +140,8 @@ def prompts_of(context: RunContext, *, train: bool = True) -> Prompts:
             base = client.list_models().base
             room = base.context_tokens - settings.max_answer_tokens if base else 0
             if settings.prompts and train:
-                asked += _read_prompts(client, Path(settings.prompts).expanduser())
+                more = _read_prompts(context.config)
+                asked += [client.tokenize(messages).token_ids for messages in more]
     except heedful.HeedfulError as error:
         raise StageFailed(f"the server does not answer: {error}") from error
     fitting = [ids for ids in dict.fromkeys(asked) if len(ids) <= room]
@@ -149,17 +152,23 @@ def prompts_of(context: RunContext, *, train: bool = True) -> Prompts:
     return Prompts(fitting, [ids for ids in validation if len(ids) <= room])
 
 
-def _read_prompts(client: heedful.Client, path: Path) -> list[Ids]:
-    """Return the prompts of a file as the server renders them: ``prompt`` or ``messages``."""
+def require_prompts_readable(config: TrainerConfig) -> None:
+    """Raise InvalidConfig where the file of more prompts is not there, or a line of it is bad."""
+    if config.ppo.prompts:
+        _read_prompts(config)
+
+
+def _read_prompts(config: TrainerConfig) -> tuple[tuple[heedful.Message, ...], ...]:
+    path = Path(config.ppo.prompts).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-        asked: list[Any] = [
-            row.get("messages") or [{"role": "user", "content": row["prompt"]}] for row in rows
-        ]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise InvalidConfig(f"trainer.ppo.prompts: {path}: {error}") from error
-    return [client.tokenize(messages).token_ids for messages in asked]
+        found = read_prompts(path)
+    except OSError as error:
+        why = f"{error.strerror}; the trainer must be able to read it on {socket.gethostname()}"
+        raise InvalidConfig(f"trainer.ppo.prompts: {path}: {why}") from None
+    if found.problems:
+        more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
+        raise InvalidConfig(f"trainer.ppo.prompts: {path}: {found.problems[0]}{more}")
+    return found.prompts
 
 
 def server_source(context: RunContext) -> ServerSource:

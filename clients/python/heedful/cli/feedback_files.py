@@ -161,13 +161,12 @@ def import_file(
         raise typer.Exit(int(ExitCode.FAILED))
 
 
-def send_file(client: Client, file: Path) -> Tally:
-    """Imports a file as `import` without options does: up to its first bad line.
+def send_file(client: Client, file: Path, reader: Reader) -> Tally:
+    """Imports a file as `import` does: up to its first bad line.
 
     Raises:
         HeedfulError: a whole batch failed.
     """
-    reader = Reader(file.name, None, {}, plain_text=False)
     tally = Tally(file.name)
     try:
         _send_all(client, file, reader, tally, file.name, skip_bad=False)

@@ -1,12 +1,13 @@
 """`heedful refresh`: turn feedback into a new version, watch it happen, pause or stop it.
 
 Owns those commands and the order of a refresh: import, start, a trainer where none takes the run,
-progress, verdict. `following.py` owns one run, `refresh_view.py` how it looks.
+progress, verdict. `refresh_files.py` owns the files, `following.py` one run, `refresh_view.py` how
+it looks.
 """
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,9 +21,15 @@ from heedful.cli.connection import (
     WaitOption,
     ready_client,
 )
-from heedful.cli.feedback_files import send_file
 from heedful.cli.options import JsonFlag
-from heedful.cli.output import ExitCode, fail, json_text, stderr, write
+from heedful.cli.output import ExitCode, fail, json_text, write
+from heedful.cli.refresh_files import (
+    COMPARISONS,
+    DEMONSTRATIONS,
+    Imported,
+    import_all,
+    require_whole,
+)
 from heedful.model_types import Refresh, RefreshAction
 from heedful.sync import Client
 
@@ -33,6 +40,17 @@ class ModeChoice(StrEnum):
     AUTO = "auto"
     APPROVE = "approve"
     SHADOW = "shadow"
+
+
+class PresetChoice(StrEnum):
+    """Choices of --preset."""
+
+    NONE = "none"
+    INSTRUCTGPT = "instructgpt"
+
+
+def _file(name: str, text: str) -> Any:
+    return typer.Option(name, metavar="FILE", help=text, exists=True, dir_okay=False)
 
 
 RunArgument = Annotated[
@@ -63,15 +81,23 @@ def start(
         following.MethodChoice,
         typer.Option("--method", help="How to train; auto lets the data decide."),
     ] = following.MethodChoice.AUTO,
+    preset: Annotated[
+        PresetChoice | None,
+        typer.Option("--preset", help="A paper's own settings; --set and --method win over it."),
+    ] = None,
     import_: Annotated[
+        Path | None, _file("--import", "First import preference data of any format.")
+    ] = None,
+    demonstrations: Annotated[
         Path | None,
-        typer.Option(
-            "--import",
-            metavar="FILE",
-            help="Import preference data first, as 'heedful feedback import' does.",
-            exists=True,
-            dir_okay=False,
-        ),
+        _file("--demonstrations", "First import demonstrations, answers that people wrote."),
+    ] = None,
+    comparisons: Annotated[
+        Path | None, _file("--comparisons", "First import comparisons, pairs or rankings.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        _file("--prompts", "JSON Lines of more prompts for PPO; the trainer reads this path."),
     ] = None,
     mode: Annotated[
         ModeChoice | None,
@@ -97,14 +123,18 @@ def start(
 ) -> None:
     """Learn from the feedback of the project: train a new version, judge it and publish it.
 
+    Files are read to their ends first; a bad line in one of them keeps all from being imported.
+
     Ctrl-C stops watching, not the run; 'heedful refresh watch' comes back to it.
     """
     if context.invoked_subcommand is not None:
         return
-    overrides = settings(setting or (), mode)
+    overrides = settings(setting or (), mode, preset, prompts)
+    _require_ppo(prompts, method, overrides)
+    imported = _imported(import_, demonstrations, comparisons)
+    require_whole(imported, prompts)
     with ready_client(target, timeout, wait) as client:
-        if import_ is not None:
-            _import(client, import_, as_json)
+        import_all(client, imported)
         run = following.begin(client, method, overrides)
         worker = None
         if trainer:
@@ -178,13 +208,23 @@ def stop(
     _control("stop", run, target, timeout, wait, as_json)
 
 
-def settings(given: list[str] | tuple[()], mode: ModeChoice | None) -> dict[str, str]:
+def settings(
+    given: list[str] | tuple[()],
+    mode: ModeChoice | None,
+    preset: PresetChoice | None = None,
+    prompts: Path | None = None,
+) -> dict[str, str]:
     """Returns the trainer's settings by dotted path.
 
     Raises:
         typer.BadParameter: one has no value.
     """
     found: dict[str, str] = {}
+    if preset is not None:
+        found["preset"] = preset.value
+    if prompts is not None:
+        # The trainer works in another directory, but on the same files.
+        found["ppo.prompts"] = str(prompts.resolve())
     for text in given:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
@@ -195,16 +235,26 @@ def settings(given: list[str] | tuple[()], mode: ModeChoice | None) -> dict[str,
     return found
 
 
-def _import(client: Client, file: Path, as_json: bool) -> None:
-    tally = send_file(client, file)
-    stderr().print(
-        f"{file.name}: {tally.stored} records stored, {tally.duplicate} there before",
-        style="dim",
-        markup=False,
-    )
-    if tally.bad:
-        hint = f"Nothing was started. See: heedful feedback import {file} --dry-run"
-        raise fail(f"{file.name}: {tally.problems[0]}", ExitCode.FAILED, hint)
+def _require_ppo(
+    prompts: Path | None, method: following.MethodChoice, overrides: dict[str, str]
+) -> None:
+    if prompts is None:
+        return
+    by_preset = "ppo_ptx" if overrides.get("preset") == "instructgpt" else "auto"
+    chosen = method.value if method.value != "auto" else overrides.get("method", by_preset)
+    if chosen != "ppo_ptx":
+        raise typer.BadParameter(
+            "only ppo_ptx asks prompts: add --method ppo_ptx or --preset instructgpt",
+            param_hint="--prompts",
+        )
+
+
+def _imported(
+    anything: Path | None, demonstrations: Path | None, comparisons: Path | None
+) -> list[Imported]:
+    found = [] if anything is None else [Imported(anything)]
+    found += [] if demonstrations is None else [Imported(demonstrations, DEMONSTRATIONS)]
+    return found + ([] if comparisons is None else [Imported(comparisons, COMPARISONS)])
 
 
 def _leave(run: Refresh, as_json: bool) -> None:
