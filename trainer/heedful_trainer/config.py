@@ -140,7 +140,7 @@ class SftSettings(_Group):
 class DpoSettings(_Group):
     """Direct preference optimisation on rankings and pairs."""
 
-    epochs: PositiveFloat = Field(default=1.0, description="Passes over the data.")
+    epochs: PositiveFloat = Field(default=2.0, description="Passes over the data.")
     beta: PositiveFloat = Field(default=0.1, description="Weight of the reference.")
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
         default=0.0, description="Share of labels that are taken to be wrong."
@@ -158,17 +158,17 @@ class DpoSettings(_Group):
         default=False, description="Whether log-probs are divided by the answer's length."
     )
     min_pairs: PositiveInt = Field(default=8, description="Least decided pairs for training.")
-    optimiser: OptimiserSettings = OptimiserSettings()
+    optimiser: OptimiserSettings = OptimiserSettings(learning_rate=5e-4, batch_size=8)
 
 
 class KtoSettings(_Group):
     """Kahneman-Tversky optimisation on thumbs."""
 
-    epochs: PositiveFloat = Field(default=1.0, description="Passes over the data.")
+    epochs: PositiveFloat = Field(default=2.0, description="Passes over the data.")
     beta: PositiveFloat = Field(default=0.1, description="Weight of the reference.")
     min_thumbs: PositiveInt = Field(default=16, description="Least thumbs for training.")
     min_of_each: PositiveInt = Field(default=4, description="Least thumbs up, and down.")
-    optimiser: OptimiserSettings = OptimiserSettings()
+    optimiser: OptimiserSettings = OptimiserSettings(learning_rate=5e-4)
 
 
 class RunSettings(_Group):
