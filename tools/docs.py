@@ -131,7 +131,7 @@ def cli_page() -> str:
         *_opening("Commands"),
         "`heedful` talks to a server, `heedful-server` is one, `heedful-trainer` learns.",
         "`heedful serve`, `model`, `keys` and `migrate-base` become `heedful-server` with the same",
-        "arguments, `heedful train` becomes `heedful-trainer`.",
+        "arguments, `heedful train` and `heedful evaluate` become `heedful-trainer`.",
         "",
         EXIT_CODES_HELP,
         "",

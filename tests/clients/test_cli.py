@@ -17,7 +17,7 @@ from heedful.cli.status import read_figures
 from typer.testing import CliRunner
 
 MAIN = "from heedful.cli import main; main()"
-PASSED_ON = ("serve", "train", "model", "keys", "migrate-base")
+PASSED_ON = ("serve", "train", "evaluate", "model", "keys", "migrate-base")
 METRICS_PAGE = """# HELP heedful_num_requests_running Sequences in the batch
 # TYPE heedful_num_requests_running gauge
 heedful_num_requests_running{model="base"} 3.0
@@ -80,6 +80,7 @@ def test_the_list_of_commands():
     assert set(command_names()) == {
         "serve",
         "train",
+        "evaluate",
         "model",
         "keys",
         "migrate-base",

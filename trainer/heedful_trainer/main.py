@@ -2,7 +2,7 @@
 
 Owns which commands there are; everything else is built from here. Exit codes: 0 after a clean end,
 1 where a run that was asked for did not finish or the store cannot be opened, 2 for a command line
-or a configuration that is wrong.
+or a configuration that is wrong; `evaluate` also has 3 for no server and 4 for no answer in time.
 """
 
 from __future__ import annotations
@@ -64,6 +64,29 @@ Home = Annotated[Path | None, typer.Option("--home", help="The server's home dir
 StoreUrl = Annotated[str, typer.Option("--store", help="URL of the store.", metavar="URL")]
 Target = Annotated[
     str | None, typer.Option("--target", help="The server's gRPC port.", metavar="HOST:PORT")
+]
+
+Against = Annotated[str, typer.Option("--against", help="The baseline: a version or alias.")]
+Tasks = Annotated[
+    str,
+    typer.Option(
+        "--tasks",
+        help="Some only, by comma: votes, ratings, reward, truthfulqa, toxicity, refusals, "
+        "gsm8k, llmbar, text.",
+    ),
+]
+DataFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", help="Folder of data sets. Default: evaluation-data at home.", metavar="DIR"
+    ),
+]
+Fetch = Annotated[
+    bool, typer.Option("--fetch", help="Get missing data sets from their public sources.")
+]
+OwnPrompts = Annotated[
+    Path | None,
+    typer.Option("--prompts", help="Own prompts for the reward model, one a line.", metavar="FILE"),
 ]
 
 
@@ -129,6 +152,42 @@ def simulate(context: typer.Context) -> None:
     from heedful_trainer.simulation.main import main as run_simulation
 
     raise typer.Exit(run_simulation(context.args))
+
+
+@app.command()
+def evaluate(
+    version: Annotated[str, typer.Argument(help="Version or alias.")] = "champion",
+    against: Against = "base",
+    tasks: Tasks = "",
+    data: DataFolder = None,
+    fetch: Fetch = False,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Most items a figure.")] = 100,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of items and samples.")] = 0,
+    out: Annotated[Path, typer.Option("--out", help="For both files.", metavar="DIR")] = (
+        Path("evaluation")
+    ),
+    prompts: OwnPrompts = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers too.")] = False,
+    project: Annotated[
+        str, typer.Option("--project", envvar="HEEDFUL_PROJECT", help="Its project.")
+    ] = DEFAULT_PROJECT,
+    config_file: ConfigFile = None,
+    overrides: Settings = None,
+    home: Home = None,
+    target: Target = None,
+) -> None:
+    """Evaluate a version against a baseline as the InstructGPT paper does; writes HTML and JSON."""
+    loaded = _load(config_file, overrides, home, "", target)
+    # Imported here: torch takes seconds, and a wrong command line should not.
+    from heedful_trainer.evaluation.command import Wanted, run_command
+
+    warnings.simplefilter("ignore")
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    folder = data or loaded.place.home / "evaluation-data"
+    wanted = Wanted(
+        *(version, against, names, folder, fetch, limit, seed, out, prompts, project, as_json)
+    )
+    raise typer.Exit(run_command(wanted, loaded.trainer))
 
 
 @app.command()

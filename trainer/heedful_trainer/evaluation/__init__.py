@@ -1,4 +1,8 @@
-"""A judge on another backbone: it shares nothing with the reward model that was trained against."""
+"""How good a policy is: the gate's judge on another backbone, and the evaluation of a version.
+
+The judge shares nothing with the reward model that was trained against. The evaluation is a program
+of its own (`command`); nothing of it is imported here.
+"""
 
 from heedful_trainer.evaluation.sentence_judge import (
     JudgePair,

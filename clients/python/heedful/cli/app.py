@@ -13,6 +13,7 @@ from heedful.cli.chat import chat
 from heedful.cli.connection import ENVIRONMENT_HELP
 from heedful.cli.demo import demo
 from heedful.cli.erase import erase
+from heedful.cli.evaluate import evaluate
 from heedful.cli.feedback import build_feedback
 from heedful.cli.gate import build_gate
 from heedful.cli.generate import generate
@@ -66,7 +67,7 @@ def build_app() -> typer.Typer:
     ) -> None:
         pass
 
-    for passed_on in (serve, train, model, keys, migrate_base):
+    for passed_on in (serve, train, evaluate, model, keys, migrate_base):
         name = passed_on.__name__.replace("_", "-")
         app.command(name, context_settings=PASS_THROUGH, add_help_option=False)(passed_on)
     for name, group in (

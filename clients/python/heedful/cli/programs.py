@@ -65,7 +65,12 @@ def train(context: typer.Context) -> None:
 
 
 def become(
-    program: Program, command: str, arguments: list[str], *, as_command: bool = True
+    program: Program,
+    command: str,
+    arguments: list[str],
+    *,
+    as_command: bool = True,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Replaces this process by the program with `arguments`; returns never.
 
@@ -74,11 +79,13 @@ def become(
         command: what the person typed after `heedful`.
         arguments: what follows it.
         as_command: whether the program has a command of the same name.
+        environment: the whole of what it gets, None for ours.
     """
     path = needed_program(program, f"heedful {command}")
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(path, [str(path), *([command] if as_command else []), *arguments])
+    given = [str(path), *([command] if as_command else []), *arguments]
+    os.execve(path, given, os.environ if environment is None else environment)
 
 
 def needed_program(program: Program, command: str) -> Path:
