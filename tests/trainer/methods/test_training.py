@@ -16,7 +16,7 @@ from heedful_trainer.config_sources import with_overrides
 from heedful_trainer.dataset.builders import Pair, group_by_prompt
 from heedful_trainer.dataset.examples import Answer, Example
 from heedful_trainer.errors import CheckpointDamaged, NotEnoughFeedback, RunStopped, TrainingFailed
-from heedful_trainer.methods.dpo import pair_scores
+from heedful_trainer.methods.dpo import DpoObjective, pair_scores
 from heedful_trainer.methods.hooks import NoHooks
 from heedful_trainer.methods.policy import (
     choose_method,
@@ -95,6 +95,25 @@ def liking(scorer: PolicyScorer) -> float:
     with torch.no_grad():
         gain = scorer.policy(rows).total_A - scorer.reference(rows).total_A
     return float((gain[::2] - gain[1::2]).mean())
+
+
+def test_ties_alone_take_no_more_rows_than_decided_pairs(
+    backbone: Backbone, make_pairs: Any, config: TrainerConfig
+) -> None:
+    """Ten decided pairs among 30 ties: all ten stay, with ten ties spread over the log."""
+    examples = [
+        example if i % 4 == 0 else replace(example, ranks=(0, 0))
+        for i, example in enumerate(make_pairs(40, split="train"))
+    ]
+    groups = group_by_prompt(examples, "train")
+    objective = DpoObjective(PolicyScorer(backbone, EOS), {}, config.dpo, groups, groups)
+    tied = [len(set(group.orders[0].ranks)) == 1 for group in groups]
+    kept = [group.row for group, is_tied in zip(groups, tied, strict=True) if not is_tied]
+    rows = objective.rows[: len(objective.sizes)]
+    assert len(rows) == 20
+    assert [row for row in rows if row in kept] == kept
+    few = DpoObjective(PolicyScorer(backbone, EOS), {}, config.dpo, groups[:2], [])
+    assert len(few.sizes) == 2
 
 
 def test_dpo_learns_the_taste_and_reports_it(

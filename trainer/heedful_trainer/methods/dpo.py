@@ -58,7 +58,7 @@ class DpoObjective:
     ) -> None:
         self._scorer, self._settings = scorer, settings
         self._parameters = dict(parameters)
-        self._train = _examples(train, settings)
+        self._train = _fewer_ties(_examples(train, settings))
         self._validation = _examples(validation, settings)
 
     @property
@@ -141,6 +141,27 @@ def pair_scores(
 def _examples(groups: Sequence[Group], settings: DpoSettings) -> list[_Example]:
     found = ((group.row, tuple(pairs_of(group, settings))) for group in groups)
     return [_Example(row, pairs) for row, pairs in found if pairs]
+
+
+def _fewer_ties(examples: Sequence[_Example]) -> list[_Example]:
+    """Return the examples with no more rows of ties alone than of decided pairs, evenly chosen.
+
+    Where raters mostly see no difference, their ties would take most of the time and say little.
+    """
+    is_tied = [all(pair.target == 0.5 for pair in example.pairs) for example in examples]
+    num_tied = sum(is_tied)
+    allowed = len(examples) - num_tied
+    if num_tied <= allowed:
+        return list(examples)
+    kept, seen = [], 0
+    for example, tied in zip(examples, is_tied, strict=True):
+        if not tied:
+            kept.append(example)
+            continue
+        seen += 1
+        if seen * allowed // num_tied > (seen - 1) * allowed // num_tied:
+            kept.append(example)
+    return kept
 
 
 def _placed(examples: Sequence[_Example]) -> list[Pair]:

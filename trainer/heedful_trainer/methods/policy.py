@@ -46,7 +46,6 @@ class JudgedPair:
     first_reference: float
     second_policy: float
     second_reference: float
-    tied: bool
     source: str
     length_difference: int  # tokens of the first less those of the second
 
@@ -139,9 +138,9 @@ def train_policy(
 def judge_pairs(
     scorer: PolicyScorer, groups: Sequence[Group], config: TrainerConfig
 ) -> list[JudgedPair]:
-    """Return the log-probs of held-out pairs under the trained policy and the reference."""
+    """Return the log-probs of decided held-out pairs under the trained policy and the reference."""
     found = []
-    everything = config.dpo.model_copy(update={"tie_weight": 1.0, "correction_weight": 1.0})
+    everything = config.dpo.model_copy(update={"tie_weight": 0.0, "correction_weight": 1.0})
     with torch.no_grad():
         for group in groups:
             pairs = pairs_of(group, everything)
@@ -160,7 +159,6 @@ def judge_pairs(
                         first_reference=float(scores.reference_first_P[i]),
                         second_policy=float(scores.second_P[i]),
                         second_reference=float(scores.reference_second_P[i]),
-                        tied=pair.target == 0.5,
                         source=sources[i],
                         length_difference=int(lengths[pair.first] - lengths[pair.second]),
                     )
@@ -176,20 +174,19 @@ def report_on_policy(
     Accuracy of the implicit reward with its interval, its correlation with length (a policy that
     only learned "longer" shows here), and the exact divergence from the reference.
     """
-    decided = [pair for pair in pairs if not pair.tied]
     margins = [
         pair.first_policy - pair.first_reference - pair.second_policy + pair.second_reference
-        for pair in decided
+        for pair in pairs
     ]
-    lengths = [float(pair.length_difference) for pair in decided]
+    lengths = [float(pair.length_difference) for pair in pairs]
     right = sum((m > 0) + 0.5 * (m == 0) for m in margins)
     divergence = scorer.divergence([group.row for group in held_out[:_DIVERGENCE_ROWS]])
     return {
-        "pairs": len(decided),
-        "accuracy": right / len(decided) if decided else None,
-        "accuracy_interval": list(wilson_interval(right, len(decided))),
+        "pairs": len(pairs),
+        "accuracy": right / len(pairs) if pairs else None,
+        "accuracy_interval": list(wilson_interval(right, len(pairs))),
         "mean_margin_nats": sum(margins) / len(margins) if margins else None,
-        "length_correlation": spearman(margins, lengths) if decided else None,
+        "length_correlation": spearman(margins, lengths) if pairs else None,
         "length_only_accuracy": _length_only(lengths),
         "kl_nats": float(divergence.mean()) if divergence.numel() else None,
         "kl_answers": int(divergence.numel()),

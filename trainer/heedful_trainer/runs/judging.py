@@ -185,7 +185,6 @@ def _pairs(context: RunContext) -> list[HoldoutPair]:
                 chosen_reference=pair["first_reference"],
                 rejected_policy=pair["second_policy"],
                 rejected_reference=pair["second_reference"],
-                tied=pair["tied"],
                 source=pair["source"],
             )
         )
