@@ -10,6 +10,9 @@ from typing import Any
 import heedful
 import pytest
 from heedful_trainer.evaluation.asking import Asker
+from heedful_trainer.evaluation.run import Subject
+from heedful_trainer.evaluation.run import evaluate as evaluation
+from heedful_trainer.evaluation.section import Context
 from heedful_trainer.main import app
 from typer.testing import CliRunner, Result
 
@@ -120,6 +123,25 @@ def test_what_is_wrong_is_said_and_nothing_is_written(evaluate: Run, tmp_path: P
         assert result.exit_code == code, result.output
         assert message in result.output
     assert not (tmp_path / "out").exists()
+
+
+async def test_what_is_done_is_kept_where_the_server_goes_away(served: Any, tmp_path: Path) -> None:
+    subject = Subject("v1", "base", "default", "tiny", "f32")
+    said: list[str] = []
+    async with (
+        heedful.AsyncClient(served.target, timeout_s=60) as there,
+        heedful.AsyncClient("127.0.0.1:9", timeout_s=1, max_attempts=1) as gone,
+    ):
+        asker = Asker(there, "v1", "base")
+        asker.client = gone  # the log is read through it, and texts are scored by the sampler
+        context = Context(asker, tmp_path, 2, 0)
+        found = await evaluation(subject, context, ["gsm8k", "text", "votes"], said.append)
+    assert [(item.name, item.status) for item in found.sections] == [
+        ("gsm8k", "skipped"),
+        ("text", "done"),
+    ]
+    assert isinstance(found.error, heedful.Unavailable)
+    assert found.ended_early
 
 
 def test_no_server(evaluate: Run, monkeypatch: pytest.MonkeyPatch) -> None:

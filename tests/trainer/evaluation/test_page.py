@@ -5,6 +5,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 
+import heedful
 import pytest
 from heedful_trainer.evaluation import charts
 from heedful_trainer.evaluation.figures import Estimate, Figure, mean_figure, share_figure
@@ -104,7 +105,7 @@ def test_one_policy_alone(evaluation: Evaluation) -> None:
 
 
 def test_an_early_end_is_said_at_the_top(evaluation: Evaluation) -> None:
-    page = checked(replace(evaluation, ended_early="the server went away"))
+    page = checked(replace(evaluation, error=heedful.Unavailable("the server went away")))
     assert "Ended early: the server went away" in page
 
 

@@ -1,13 +1,15 @@
 """Both policies asked the same: answers, log-probs and rewards from the running server.
 
 Owns that requests are alike for both, at background priority and outside the log (the gate's
-sampler sees to that), and that an item which does not fit the context is left out for both.
-Where version and baseline are the same policy it is asked once. Event loop.
+sampler sees to that), that an item which does not fit the context is left out for both, and that a
+full queue is waited for. Where version and baseline are the same policy it is asked once. Event
+loop.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
@@ -17,7 +19,9 @@ from heedful_trainer.gate.sampler import Answer, Draw, ScoreItem, ServerSampler
 from heedful_trainer.gate.settings import SamplingSettings
 
 T = TypeVar("T")
-_BATCH = 16
+_BATCH = 16  # items of one call
+_BATCHES = 8  # calls in flight: more items than these would fill the server's queue
+_PAUSE_S = 1.0
 
 
 class Both(NamedTuple, Generic[T]):
@@ -42,6 +46,7 @@ class Asker:
         self.baseline = baseline
         self._settings = settings or SamplingSettings()
         self._sampler = ServerSampler(client, self._settings)
+        self._slots = asyncio.Semaphore(_BATCHES)
 
     @property
     def compares(self) -> bool:
@@ -62,9 +67,11 @@ class Asker:
         async def one(model: str, idx: int) -> Answer | None:
             shifted = Draw(draw.temperature, draw.max_tokens, draw.seed + idx)
             try:
-                return (await self._sampler.answer(model, [prompts[idx]], shifted))[0]
+                asked = [prompts[idx]]
+                found = await self._patient(lambda: self._sampler.answer(model, asked, shifted))
             except heedful.InvalidRequest:
                 return None
+            return found[0]
 
         async def of(model: str) -> list[Answer | None]:
             return await together([one(model, idx) for idx in range(len(prompts))])
@@ -96,13 +103,16 @@ class Asker:
         """
 
         async def of(batch: Sequence[ScoreItem]) -> list[float]:
-            scores = await self.client.score(
-                batch,
-                model=self.baseline,
-                reward=True,
-                priority="background",
-                timeout_s=self._settings.timeout_s,
-            )
+            async with self._slots:
+                scores = await self._patient(
+                    lambda: self.client.score(
+                        batch,
+                        model=self.baseline,
+                        reward=True,
+                        priority="background",
+                        timeout_s=self._settings.timeout_s,
+                    )
+                )
             return [score.reward for score in scores if score.reward is not None]
 
         batches = [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]
@@ -113,12 +123,24 @@ class Asker:
         self, model: str, batch: Sequence[ScoreItem]
     ) -> list[tuple[float, ...] | None]:
         try:
-            return list(await self._sampler.score(model, batch))
+            async with self._slots:
+                return list(await self._patient(lambda: self._sampler.score(model, batch)))
         except heedful.InvalidRequest:
             if len(batch) == 1:
                 return [None]
         # One item that does not fit refuses its whole batch.
         return [scored for item in batch for scored in await self._batch(model, [item])]
+
+    async def _patient(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Return what a call returns; a full queue is asked again until the timeout is over."""
+        end_s = time.monotonic() + self._settings.timeout_s
+        while True:
+            try:
+                return await ask()
+            except heedful.QueueFull as error:
+                if time.monotonic() >= end_s:
+                    raise
+                await asyncio.sleep(error.retry_after_s or _PAUSE_S)
 
     async def _both(self, of: Callable[[str], Awaitable[T]]) -> Both[T]:
         version = await of(self.version)

@@ -25,6 +25,7 @@ from heedful_trainer.evaluation.run import (
     asker_of,
     check_data,
     chosen_tasks,
+    data_sets_of,
     evaluate,
     find_subject,
 )
@@ -58,17 +59,11 @@ def run_command(wanted: Wanted, config: TrainerConfig) -> int:
     """Evaluate, write both files, and return the exit code."""
     try:
         evaluation = _evaluate(wanted, config)
-    except heedful.Unavailable as error:
-        return _failed(str(error), _UNAVAILABLE)
-    except heedful.DeadlineExceeded as error:
-        return _failed(str(error), _TIMEOUT)
-    except InvalidConfig as error:
-        return _failed(str(error), _USAGE)
     except (heedful.HeedfulError, HeedfulTrainerError, OSError) as error:
-        return _failed(str(error), _FAILED)
+        return _failed(error)
     if wanted.as_json:
         print(json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False))
-    return _UNAVAILABLE if evaluation.ended_early else 0
+    return _failed(evaluation.error) if evaluation.error is not None else 0
 
 
 def _evaluate(wanted: Wanted, config: TrainerConfig) -> Evaluation:
@@ -89,7 +84,7 @@ def _check_files(wanted: Wanted, names: Sequence[str]) -> None:
     if wanted.prompts is not None:
         read_prompts(wanted.prompts)
     if wanted.fetch:
-        datasets.fetch(datasets.DATA_SETS, wanted.data, _say)
+        datasets.fetch(data_sets_of(names), wanted.data, _say)
     elif wanted.data.exists() and not wanted.data.is_dir():
         raise InvalidConfig(f"--data {wanted.data}: is no directory")
     check_data(names, wanted.data)
@@ -106,9 +101,17 @@ async def _ask(wanted: Wanted, config: TrainerConfig, names: Sequence[str]) -> E
         return await evaluate(subject, context, names, _say)
 
 
-def _failed(message: str, code: int) -> int:
-    print(f"heedful-trainer: {message}", file=sys.stderr)
-    return code
+def _failed(error: Exception) -> int:
+    print(f"heedful-trainer: {error}", file=sys.stderr)
+    match error:
+        case heedful.Unavailable():
+            return _UNAVAILABLE
+        case heedful.DeadlineExceeded():
+            return _TIMEOUT
+        case InvalidConfig():
+            return _USAGE
+        case _:
+            return _FAILED
 
 
 def _say(text: str) -> None:

@@ -76,7 +76,12 @@ class Evaluation:
     limit: int
     made: datetime
     program: str  # version of heedful
-    ended_early: str = ""  # why, where not every task was reached
+    error: heedful.HeedfulError | None = None  # that kept the last task from ending
+
+    @property
+    def ended_early(self) -> str:
+        """Why not every task was done; empty where each was."""
+        return str(self.error) if self.error is not None else ""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -107,6 +112,12 @@ def chosen_tasks(names: Sequence[str]) -> list[str]:
         if name not in TASKS:
             raise InvalidConfig(f"--tasks {name!r}: known are {', '.join(TASKS)}")
     return [name for name in TASKS if name in names or not names]
+
+
+def data_sets_of(names: Sequence[str]) -> list[DataSet]:
+    """Return the data sets that some tasks use."""
+    used = [_READERS[name][0] for name in names if name in _READERS]
+    return [*used, *([datasets.SHAKESPEARE] if "text" in names else [])]
 
 
 def check_data(names: Sequence[str], folder: Path) -> None:
@@ -150,21 +161,20 @@ async def find_subject(client: heedful.AsyncClient, version: str, against: str) 
 async def evaluate(
     subject: Subject, context: Context, names: Sequence[str], say: Callable[[str], None]
 ) -> Evaluation:
-    """Return what the tasks found.
+    """Return what the tasks found; an error of the server ends it and is part of what is returned.
 
     Raises:
         DataUnusable: a data file is not what it should be.
     """
     sections: list[Section] = []
-    ended_early = ""
+    failure: heedful.HeedfulError | None = None
     for name in names:
         title, task = TASKS[name]
         say(f"{name}: {title}")
         try:
             sections.append(await _timed(name, title, task, context))
-        except (heedful.Unavailable, heedful.DeadlineExceeded) as error:
-            ended_early = f"the server did not answer during {name}: {error}"
-            say(ended_early)
+        except heedful.HeedfulError as error:
+            failure = error
             break
         last = sections[-1]
         say(f"{name}: skipped, {last.reason}" if last.reason else f"{name}: {last.seconds:.0f} s")
@@ -175,7 +185,7 @@ async def evaluate(
         context.limit,
         datetime.now(UTC),
         metadata.version("heedful"),
-        ended_early,
+        failure,
     )
 
 

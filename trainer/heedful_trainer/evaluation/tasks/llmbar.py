@@ -1,8 +1,8 @@
 """LLMBar: pairs of answers of which one follows the instruction.
 
 Owns the comparison: the policy is asked for no verdict; the answer that it finds likelier a token
-is the one it would rather give. The mean over tokens keeps the shorter answer from winning by its
-length (Zeng et al. 2023, https://arxiv.org/abs/2310.07641). Event loop.
+is the one it would rather give. The mean over tokens, the end among them, keeps the shorter answer
+from winning by its length (Zeng et al. 2023, https://arxiv.org/abs/2310.07641). Event loop.
 """
 
 from __future__ import annotations

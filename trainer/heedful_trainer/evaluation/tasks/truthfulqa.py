@@ -134,10 +134,12 @@ def _by_answer(question: Question, totals: Sequence[float]) -> dict[str, float]:
 
 def _question(row: Row) -> Question:
     true = _answers(row, "Correct Answers")
-    false = tuple(answer for answer in _answers(row, "Incorrect Answers") if answer not in true)
+    best = _closed(row.text("Best Answer"))
+    given = _answers(row, "Incorrect Answers")
+    false = tuple(answer for answer in given if answer not in (best, *true))
     if not false:
         raise row.wrong("Incorrect Answers", "has no answer that is not correct too")
-    return Question(row.text("Question"), _closed(row.text("Best Answer")), true, false)
+    return Question(row.text("Question"), best, true, false)
 
 
 def _answers(row: Row, field: str) -> tuple[str, ...]:
