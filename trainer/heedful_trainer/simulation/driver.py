@@ -15,6 +15,8 @@ import heedful
 
 from heedful_trainer.simulation.raters import TAG, ShownAnswer, SimulatedRater
 
+_PAUSES_S = (1.0, 4.0, 16.0)  # a slow disk, or an engine that starts anew
+
 
 @dataclass(frozen=True, slots=True)
 class Asking:
@@ -70,16 +72,7 @@ async def simulate_votes(
 async def _vote(
     client: heedful.AsyncClient, prompt: str, rater: SimulatedRater, asking: Asking
 ) -> Vote:
-    comparison = await client.compare(
-        prompt,
-        asking.answers,
-        purpose="learn",
-        temperature=asking.temperature,
-        max_tokens=asking.max_tokens,
-        end_user=rater.rater_id,
-        tags=[TAG],
-        timeout_s=asking.timeout_s,
-    )
+    comparison = await _compare(client, prompt, rater, asking)
     shown = [
         ShownAnswer(item.text, item.finish_reason is heedful.FinishReason.STOP)
         for item in comparison.candidates
@@ -91,6 +84,29 @@ async def _vote(
         receipt = await client.rank(comparison, groups, rater_id=rater.rater_id, tags=[TAG])
         seq = receipt.seq
     return Vote(comparison.comparison_id, rater.rater_id, groups, seq)
+
+
+async def _compare(
+    client: heedful.AsyncClient, prompt: str, rater: SimulatedRater, asking: Asking
+) -> heedful.Comparison:
+    """Return two answers; where the server cannot just now, ask again as a user would."""
+    for pause_s in (*_PAUSES_S, None):
+        try:
+            return await client.compare(
+                prompt,
+                asking.answers,
+                purpose="learn",
+                temperature=asking.temperature,
+                max_tokens=asking.max_tokens,
+                end_user=rater.rater_id,
+                tags=[TAG],
+                timeout_s=asking.timeout_s,
+            )
+        except heedful.Unavailable:
+            if pause_s is None:
+                raise
+            await asyncio.sleep(pause_s)
+    raise AssertionError("the last attempt returns or raises")
 
 
 async def _thumbs(
