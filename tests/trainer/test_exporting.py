@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import heedful
@@ -19,7 +20,7 @@ from heedful_store import (
 from heedful_trainer.config import TrainerConfig
 from heedful_trainer.config_sources import Place, with_overrides
 from heedful_trainer.errors import StageFailed
-from heedful_trainer.exporting import ExportFormat, export_version, find_version
+from heedful_trainer.exporting import ExportFormat, export_version, find_scope, find_version
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -126,3 +127,14 @@ def test_unknown_versions_and_the_base_are_not_found(published: Published) -> No
     for name in ("v2", "base", "champion"):
         with pytest.raises(NotFound):
             find_version(published.store, Scope(), name)
+
+
+def test_the_tenant_is_found_unless_several_have_the_project(published: Published) -> None:
+    store = published.store
+    assert find_scope(store, "", "default") == Scope("default", "default")
+    assert find_scope(store, "acme", "default") == Scope("acme", "default")
+    with pytest.raises(NotFound, match="project other"):
+        find_scope(store, "", "other")
+    store.publish_policy(replace(published.policy, scope=Scope("acme", "default"))).result()
+    with pytest.raises(StageFailed, match="acme, default have a project default"):
+        find_scope(store, "", "default")

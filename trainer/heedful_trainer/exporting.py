@@ -26,6 +26,23 @@ ExportFormat = Literal["peft", "merged"]
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".gguf", ".bin")
 
 
+def find_scope(store: Store, tenant: str, project: str) -> Scope:
+    """Return the project of a tenant; without a tenant, that of the only one who has it.
+
+    Raises:
+        NotFound: nobody has versions in a project of that name.
+        StageFailed: several tenants have.
+    """
+    if tenant:
+        return Scope(tenant, project)
+    found = sorted({p.scope.tenant for p in store.find_policies() if p.scope.project == project})
+    if not found:
+        raise NotFound(f"a version of project {project}")
+    if len(found) > 1:
+        raise StageFailed(f"{', '.join(found)} have a project {project}; name one with --tenant")
+    return Scope(found[0], project)
+
+
 def find_version(store: Store, scope: Scope, name: str) -> PolicyVersion:
     """Return a version by its name or by an alias that points at it.
 

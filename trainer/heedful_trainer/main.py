@@ -20,10 +20,8 @@ from typing import Annotated
 import typer
 from heedful_store import (
     DEFAULT_PROJECT,
-    DEFAULT_TENANT,
     Failpoints,
     NotFound,
-    Scope,
     Store,
     StoreError,
 )
@@ -198,7 +196,9 @@ def export(
         ExportForm, typer.Option("--format", help="Adapter files, or whole weights.")
     ] = ExportForm.PEFT,
     project: Annotated[str, typer.Option("--project", help="Its project.")] = DEFAULT_PROJECT,
-    tenant: Annotated[str, typer.Option("--tenant", help="Its tenant.")] = DEFAULT_TENANT,
+    tenant: Annotated[
+        str, typer.Option("--tenant", help="Its tenant; default: the only one with that project.")
+    ] = "",
     config_file: ConfigFile = None,
     overrides: Settings = None,
     home: Home = None,
@@ -208,13 +208,13 @@ def export(
     """Write a version as files that PEFT or transformers load."""
     loaded = _load(config_file, overrides, home, store_url, target)
     # Imported here: torch takes seconds, and a wrong command line should not.
-    from heedful_trainer.exporting import export_version, find_version
+    from heedful_trainer.exporting import export_version, find_scope, find_version
     from heedful_trainer.runs.connecting import client
 
     warnings.simplefilter("ignore")
     try:
         with Store(loaded.place.store_url) as store:
-            policy = find_version(store, Scope(tenant, project), version)
+            policy = find_version(store, find_scope(store, tenant, project), version)
             export_version(
                 policy,
                 output,
