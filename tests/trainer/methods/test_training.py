@@ -183,6 +183,33 @@ def test_liking_cut_answers_teaches_nothing_against_ending() -> None:
     ).first_P.tolist()
     assert cut_wins == -6.0  # without the end token's -2
     assert ended_wins == -8.0
+    half = pair_scores(
+        scores, scores, [Pair(1, 0, 1.0, 1.0)], length_normalised=False, end_share=0.5
+    )
+    assert (half.first_P.tolist(), half.second_P.tolist()) == ([-7.0], [-3.0])
+
+
+@pytest.mark.parametrize(
+    ("for_ending", "against", "share"), [(4, 0, 1.0), (4, 1, 0.75), (3, 3, 0.0), (1, 5, 0.0)]
+)
+def test_a_preferred_end_counts_by_its_surplus(
+    for_ending: int,
+    against: int,
+    share: float,
+    backbone: Backbone,
+    make_pairs: Any,
+    config: TrainerConfig,
+) -> None:
+    """With n preferred ends against cut answers and m the other way round: (n - m) / n."""
+    examples = []
+    for i, example in enumerate(make_pairs(for_ending + against, split="train")):
+        first, second = (a.ids[:-1] for a in example.answers)
+        answers = (Answer((*first, EOS)), Answer(second))
+        ranks = (0, 1) if i < for_ending else (1, 0)
+        examples.append(replace(example, answers=answers, ranks=ranks))
+    groups = group_by_prompt(examples, "train")
+    objective = DpoObjective(PolicyScorer(backbone, EOS), {}, config.dpo, groups, [])
+    assert objective.end_share == share
 
 
 def never_ending(count: int, make_pairs: Any) -> list[Example]:

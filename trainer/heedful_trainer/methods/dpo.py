@@ -2,7 +2,9 @@
 
 Owns the objective. The guard against never ending: where the preferred answer was cut at its length
 and the other one ended, the other's end token is left out of its log-prob, so that nothing is
-learned against ending. One thread.
+learned against ending. For itself that would teach every policy to end early, whatever the taste;
+so of a preferred end only as much counts as ended answers were preferred to cut ones more often
+than the other way round. One thread.
 """
 
 from __future__ import annotations
@@ -46,7 +48,11 @@ class PairScores:
 
 
 class DpoObjective:
-    """Direct preference optimisation."""
+    """Direct preference optimisation.
+
+    Attributes:
+        end_share: how much of its end token counts for an answer preferred to one that was cut.
+    """
 
     def __init__(
         self,
@@ -60,6 +66,7 @@ class DpoObjective:
         self._parameters = dict(parameters)
         self._train = _fewer_ties(_examples(train, settings))
         self._validation = _examples(validation, settings)
+        self.end_share = _end_share(self._train, scorer.eos_token_id)
 
     @property
     def sizes(self) -> list[int]:
@@ -85,7 +92,11 @@ class DpoObjective:
         policy, reference = self._scorer.policy(rows), self._scorer.reference(rows)
         pairs = _placed(chosen)
         scores = pair_scores(
-            policy, reference, pairs, length_normalised=self._settings.length_normalised
+            policy,
+            reference,
+            pairs,
+            length_normalised=self._settings.length_normalised,
+            end_share=self.end_share,
         )
         loss = self._pair_loss(scores.margin_P, pairs)
         if self._settings.sft_weight:
@@ -101,7 +112,9 @@ class DpoObjective:
                 rows = [example.row for example in part]
                 policy, reference = self._scorer.policy(rows), self._scorer.reference(rows)
                 pairs = _placed(part)
-                scores = pair_scores(policy, reference, pairs, length_normalised=False)
+                scores = pair_scores(
+                    policy, reference, pairs, length_normalised=False, end_share=self.end_share
+                )
                 total += float(self._pair_loss(scores.margin_P, pairs))
                 weight += sum(pair.weight for pair in pairs)
                 for name, value in _evaluation(policy, reference, scores, pairs).items():
@@ -119,23 +132,51 @@ class DpoObjective:
 
 
 def pair_scores(
-    policy: Scores, reference: Scores, pairs: Sequence[Pair], *, length_normalised: bool
+    policy: Scores,
+    reference: Scores,
+    pairs: Sequence[Pair],
+    *,
+    length_normalised: bool,
+    end_share: float = 1.0,
 ) -> PairScores:
-    """Return the log-probs of pairs, with the guard on end tokens; optionally for each token."""
+    """Return the log-probs of pairs, with the guard on end tokens; optionally for each token.
+
+    Args:
+        policy: scores of the pairs' answers.
+        reference: the same under the reference.
+        pairs: of these answers.
+        length_normalised: whether log-probs are divided by the answer's length.
+        end_share: how much of its end token counts for an answer preferred to one that was cut.
+    """
     first, second = _index(pairs, "first"), _index(pairs, "second")
     decided = _column(pairs, "target") > 0.5
+    ended_first, ended_second = policy.ended_A[first], policy.ended_A[second]
     # Preferred but cut, against one that ended: the end must not be what is disliked.
-    unfair = decided & ~policy.ended_A[first] & policy.ended_A[second]
+    unfair = decided & ~ended_first & ended_second
+    partly = decided & ended_first & ~ended_second
 
     def both(scores: Scores) -> tuple[Tensor, Tensor]:
-        a = scores.total_A[first]
-        b = torch.where(unfair, scores.body_A[second], scores.total_A[second])
+        a, b = scores.total_A[first], scores.total_A[second]
+        a = torch.where(partly, scores.body_A[first] + end_share * scores.end_A[first], a)
+        b = torch.where(unfair, scores.body_A[second], b)
         if length_normalised:
             a, b = a / scores.length_A[first], b / scores.length_A[second]
         return a, b
 
     (a, b), (reference_a, reference_b) = both(policy), both(reference)
     return PairScores(a, b, reference_a, reference_b)
+
+
+def _end_share(examples: Sequence[_Example], eos_token_id: int) -> float:
+    """Return how much oftener "ended" was preferred to "cut" than the reverse, as a share."""
+    for_ending, against = 0, 0
+    for example in examples:
+        ended = [ids[-1:] == (eos_token_id,) for ids in example.row.answers]
+        for pair in example.pairs:
+            if pair.target > 0.5 and ended[pair.first] != ended[pair.second]:
+                for_ending += ended[pair.first]
+                against += ended[pair.second]
+    return max(0, for_ending - against) / for_ending if for_ending else 1.0
 
 
 def _examples(groups: Sequence[Group], settings: DpoSettings) -> list[_Example]:

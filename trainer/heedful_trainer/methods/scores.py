@@ -40,7 +40,7 @@ class PolicyScorer:
 
     def __init__(self, backbone: Backbone, eos_token_id: int) -> None:
         self._backbone = backbone
-        self._eos = eos_token_id
+        self.eos_token_id = eos_token_id
         self._reference: dict[Row, Scores] = {}
 
     def policy(self, rows: Sequence[Row]) -> Scores:
@@ -94,7 +94,7 @@ class PolicyScorer:
         logprobs_N = token_logprobs(
             hidden[packed.source_N], self._backbone.head_VH, packed.target_N
         )
-        ended_A = packed.target_N[packed.last_target_A] == self._eos
+        ended_A = packed.target_N[packed.last_target_A] == self.eos_token_id
         last_A = logprobs_N[packed.last_target_A]
         return Scores(
             losses.segment_logprobs(logprobs_N, packed.owner_N, packed.num_answers),
