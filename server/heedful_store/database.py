@@ -116,7 +116,7 @@ def _open_sqlite(url: URL, options: DatabaseOptions, failpoints: Failpoints) -> 
     path = Path(url.database).absolute()
     _create_private_file(path)
     if warning := sqlite_warning(sqlite3.sqlite_version_info):
-        _log.warning(warning)
+        _log.info(warning)
     writer = _sqlite_writer_engine(url, options.lock_timeout_s)
     session = SqliteSession(
         writer,
