@@ -11,7 +11,8 @@ of a. One pair of launches serves all rows, slots and segments.
 
 Rows are visited by slot in the order of a plan, made once per step on the device without a
 synchronisation. Sums are fp32 with K cut into a fixed number of parts that are added in order, so a
-row's result does not depend on the others as long as the tile does not change (at 256 rows).
+row's result does not depend on the others as long as the tile does not change: at 256 rows, or
+never with fixed_tiles.
 Pure functions but for y, any thread. Inference only.
 """
 
@@ -85,7 +86,9 @@ def plan_lora(slots_T: Tensor, num_slots: int) -> LoraPlan:
     return LoraPlan(order_T, starts_S1, slots_T)
 
 
-def add_lora_(y_TN: Tensor, x_TK: Tensor, weights: LoraWeights, plan: LoraPlan) -> None:
+def add_lora_(
+    y_TN: Tensor, x_TK: Tensor, weights: LoraWeights, plan: LoraPlan, *, fixed_tiles: bool = False
+) -> None:
     """Add every row's adapter to y in place; rows without one keep their bits.
 
     Args:
@@ -93,6 +96,7 @@ def add_lora_(y_TN: Tensor, x_TK: Tensor, weights: LoraWeights, plan: LoraPlan) 
         x_TK: its input, of y's dtype (bf16, fp16 or fp32), unit stride along rows.
         weights: on the same device.
         plan: of these rows.
+        fixed_tiles: one tile for every T, for results that do not depend on the batch.
 
     Raises:
         RefusedInputError: shapes, dtypes or strides do not go together.
@@ -108,6 +112,7 @@ def add_lora_(y_TN: Tensor, x_TK: Tensor, weights: LoraWeights, plan: LoraPlan) 
         plan.starts_S1,
         plan.slots_T,
         list(weights.bounds),
+        fixed_tiles,
     )
 
 
@@ -257,6 +262,7 @@ def _op(
     starts_S1: Tensor,
     slots_T: Tensor,
     bounds: list[int],
+    fixed_tiles: bool,
 ) -> None:
     slots, outputs, rank = b.shape
     unsupported = "" if x_TK.dtype in FLOATS and a.dtype in FLOATS else "dtype"
@@ -273,7 +279,7 @@ def _op(
     block_k = 32 if INTERPRETED else 128
     per_part = cdiv(cdiv(columns, parts), block_k) * block_k
     parts = cdiv(columns, per_part)
-    block_m = 16 if INTERPRETED or num_rows <= 256 else 64
+    block_m = 16 if INTERPRETED or fixed_tiles or num_rows <= 256 else 64
     block_r = min(max(16, next_power_of_2(ranks)), 64)
     blocks_m = cdiv(num_rows, block_m)
     h = torch.empty(parts, num_rows, ranks, dtype=torch.float32, device=x_TK.device)
@@ -304,5 +310,6 @@ def _(
     starts_S1: Tensor,
     slots_T: Tensor,
     bounds: list[int],
+    fixed_tiles: bool,
 ) -> None:
     return None

@@ -12,8 +12,9 @@ key head h * kv_heads // heads. A sequence of no rows is passed over; one with r
 A program computes BLOCK_M rows of (token, query head) that share a key head, so that keys and
 values are read once for all heads of a group and for all tokens of a block. Long contexts are split
 into parts of split_tokens positions, each a program with its own maximum and sum, which a second
-kernel joins. Parts depend on the sequence alone, so a result does not depend on the batch as long
-as split_tokens is given.
+kernel joins. With split_tokens given, parts depend on the sequence alone and one tile serves
+decodes and prompts alike, so that a row's bits depend neither on the batch nor on how a prompt was
+cut.
 
 Scores and sums are fp32; probabilities are rounded to the cache's dtype for the second product.
 Pure functions, any thread. Inference only.
@@ -46,6 +47,8 @@ _MAX_HEAD_DIM: Final = 256
 _LOG2E: Final = 1.4426950408889634
 # Positions of a part when the batch alone does not fill the device.
 _SPLIT_TOKENS: Final = 512
+# Rows of the one tile for results that do not depend on the batch.
+_FIXED_ROWS: Final = 64
 
 
 def paged_attention(
@@ -71,7 +74,7 @@ def paged_attention(
         scale: of the scores.
         max_query_tokens: the most rows of one sequence; more programs than that are not started.
         max_context_tokens: no context is longer.
-        split_tokens: positions per part, a multiple of 64; 0 leaves it to the batch.
+        split_tokens: positions per part, a multiple of 64; 0 leaves parts and tiles to the batch.
 
     Raises:
         RefusedInputError: shapes, dtypes or strides do not go together.
@@ -280,13 +283,13 @@ def _join_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + row * D + d, acc / tl.where(total == 0.0, 1.0, total), mask=d < D)
 
 
-def _tiles(q_THD: Tensor, kv_heads: int, max_query_tokens: int) -> dict[str, Any]:
+def _tiles(q_THD: Tensor, kv_heads: int, max_query_tokens: int, *, fixed: bool) -> dict[str, Any]:
     group, d = q_THD.shape[1] // kv_heads, q_THD.shape[2]
     smallest = max(16, next_power_of_2(group))
     if INTERPRETED:
         block_m, block_n = smallest, 16
     else:
-        wanted = next_power_of_2(max_query_tokens * group)
+        wanted = _FIXED_ROWS if fixed else next_power_of_2(max_query_tokens * group)
         block_m = max(smallest, min(128 if d <= 128 else 64, wanted))
         block_n = 64 if q_THD.element_size() == 2 and d <= 128 else 32
     return {
@@ -330,7 +333,7 @@ def _op(
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     if num_tokens == 0:
         return out_THD
-    tiles = _tiles(q_THD, kv_heads, max_query_tokens)
+    tiles = _tiles(q_THD, kv_heads, max_query_tokens, fixed=split_tokens > 0)
     # Every sequence's last block may be partly empty, and where each begins is known on the device.
     blocks = min(num_tokens // tiles["BLOCK_Q"] + num_sequences, num_tokens + num_sequences)
     parts = _num_parts(blocks * kv_heads, max_context_tokens, split_tokens, q_THD.device)

@@ -44,27 +44,23 @@ from heedful_kernels import sample_passes as passes
 from heedful_kernels.launch import (
     COMPILE,
     FLOATS,
-    INTERPRETED,
     cdiv,
     next_power_of_2,
-    num_multiprocessors,
     refuse_unless,
     runs_triton,
 )
 from heedful_kernels.sample_reference import DrawSettings, draw
+from heedful_kernels.sample_sizes import Sizes, sizes_for
 
 OK: Final = 0
 NOT_FINITE: Final = 1
 NONE_ALLOWED: Final = 2
 
 _NAME: Final = "sample"
-_MAX_VOCAB: Final = 1 << 18
+MAX_VOCAB: Final = 1 << 18
 # Nats below the maximum that candidates of a top-k or top-p row are written down from.
 _DEPTH: Final = 10.0
-_CANDIDATES: Final = 4096
 _MAX_EDITS: Final = 2048
-_MAX_SPLITS: Final = 16
-_FIXED_SPLITS: Final = 8
 _BUCKETS: Final = 2048
 
 
@@ -230,10 +226,10 @@ def _check(logits_RV: Tensor, settings: SampleSettings) -> None:
     refuse_unless(
         logits_RV.dim() == 2
         and logits_RV.is_floating_point()
-        and 0 < logits_RV.shape[1] <= _MAX_VOCAB
+        and 0 < logits_RV.shape[1] <= MAX_VOCAB
         and logits_RV.stride(1) == 1,
         _NAME,
-        f"logits must be a float [R, V] with contiguous rows, V up to {_MAX_VOCAB}, not "
+        f"logits must be a float [R, V] with contiguous rows, V up to {MAX_VOCAB}, not "
         f"{logits_RV.dtype} {tuple(logits_RV.shape)}",
     )
     rows, words = len(logits_RV), cdiv(logits_RV.shape[1], 32)
@@ -280,38 +276,6 @@ def _edit_tensors(edits: SampleEdits) -> list[Tensor]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Sizes:
-    """How a batch is cut up."""
-
-    splits: int
-    per_split: int
-    capacity: int  # candidates of a split
-    edits: int
-    lanes: int  # of a row's candidates and edits
-    block: int
-
-    @property
-    def segment(self) -> int:
-        """Where the edits begin among a row's lanes."""
-        return self.splits * self.capacity
-
-
-def _sizes(logits_RV: Tensor, num_edits: int, *, fixed_splits: bool) -> _Sizes:
-    rows, vocab = logits_RV.shape
-    block = 512 if INTERPRETED else 4096
-    wanted = cdiv(2 * num_multiprocessors(logits_RV.device), max(rows, 1))
-    # Kernels are compiled for the candidates of a split: few numbers of splits occur.
-    wanted = _FIXED_SPLITS if fixed_splits else next_power_of_2(min(wanted, _MAX_SPLITS))
-    splits = max(1, min(2 if INTERPRETED else wanted, cdiv(vocab, block)))
-    per_split = cdiv(cdiv(vocab, splits), block) * block
-    splits = cdiv(vocab, per_split)
-    candidates = 512 if INTERPRETED else _CANDIDATES
-    lanes = next_power_of_2(candidates // 2 + num_edits)
-    lanes = max(lanes, candidates)
-    return _Sizes(splits, per_split, (lanes - num_edits) // splits, num_edits, lanes, block)
-
-
 @torch.library.custom_op("heedful::sample", mutates_args=())
 def _op(
     logits_RV: Tensor,
@@ -333,11 +297,11 @@ def _op(
     unsupported = unsupported or ("many_edits" if num_edits > _MAX_EDITS else "")
     if len(logits_RV) == 0 or not runs_triton(_NAME, logits_RV, unsupported):
         return tuple(sample_reference_batch(logits_RV, settings))  # type: ignore[return-value]
-    sizes = _sizes(logits_RV, num_edits, fixed_splits=fixed_splits)
+    sizes = sizes_for(logits_RV, num_edits, fixed_splits=fixed_splits)
     return tuple(_launch(logits_RV, settings, sizes))  # type: ignore[return-value]
 
 
-def _launch(logits_RV: Tensor, settings: SampleSettings, sizes: _Sizes) -> Sampled:
+def _launch(logits_RV: Tensor, settings: SampleSettings, sizes: Sizes) -> Sampled:
     rows, device = len(logits_RV), logits_RV.device
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -375,7 +339,7 @@ class _Launcher:
         self,
         logits_RV: Tensor,
         settings: SampleSettings,
-        sizes: _Sizes,
+        sizes: Sizes,
         row: dict[str, Tensor],
         out: Sampled,
     ) -> None:

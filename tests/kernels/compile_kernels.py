@@ -82,15 +82,23 @@ def _attention() -> None:
             torch.tensor([0, new], dtype=torch.int32), torch.tensor([context], dtype=torch.int32),
             scale=0.1, max_query_tokens=new, max_context_tokens=context,
         )  # fmt: skip
+        paged_attention(
+            q[:new], cache, torch.zeros(1, 256, dtype=torch.int32),
+            torch.tensor([0, new], dtype=torch.int32), torch.tensor([context], dtype=torch.int32),
+            scale=0.1, max_query_tokens=new, max_context_tokens=context, split_tokens=256,
+        )  # fmt: skip
 
 
 def _products() -> None:
     from heedful_kernels.bnb_layout import quantize_int8, quantize_nf4
+    from heedful_kernels.dense_matmul import dense_matmul
     from heedful_kernels.int8_matmul import int8_matmul
     from heedful_kernels.lora import LoraWeights, add_lora_, plan_lora
     from heedful_kernels.nf4_matmul import nf4_matmul
 
     weight_NK = torch.randn(128, 1024)
+    dense_matmul(torch.zeros(3, 1024).bfloat16(), weight_NK.bfloat16(), torch.zeros(128))
+    dense_matmul(torch.zeros(3, 1024), weight_NK)
     nf4, int8 = quantize_nf4(weight_NK), quantize_int8(weight_NK)
     for rows in (1, 64, 65):
         x = torch.zeros(rows, 1024).bfloat16()

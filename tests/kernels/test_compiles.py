@@ -20,6 +20,7 @@ KERNELS = {
         "nf4_matmul._matmul_kernel",
         "nf4_matmul._dequantize_kernel",
         "int8_matmul._kernel",
+        "dense_matmul._kernel",
         "split_k._join_kernel",
         "lora._shrink_kernel",
         "lora._expand_kernel",

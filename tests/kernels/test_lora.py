@@ -125,6 +125,7 @@ def test_the_operator_is_registered_as_torch_wants_it(device: torch.device) -> N
             plan.starts_S1,
             plan.slots_T,
             [0, 12],
+            False,
         ),
         test_utils=("test_schema", "test_faketensor"),
     )

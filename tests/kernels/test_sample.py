@@ -1,5 +1,5 @@
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from heedful_kernels.sample import (
     sample_reference_batch,
 )
 from heedful_kernels.sample_reference import exponential_noise, row_key
+from heedful_kernels.sample_sizes import sizes_for
 from scipy import stats
 from torch import Tensor
 
@@ -218,6 +219,48 @@ def test_draws_follow_the_distribution(device: torch.device) -> None:
     counts = torch.bincount(sample(logits, settings_for(rows, device)).token_ids_R, minlength=4)
     expected = logits[0].double().softmax(-1) * rows
     assert stats.chisquare(counts.cpu().numpy(), expected.cpu().numpy()).pvalue > 1e-4
+
+
+@pytest.mark.triton
+def test_with_fixed_splits_a_row_is_the_same_bits_in_any_batch(device: torch.device) -> None:
+    rows, vocab = 9, 1500 if device.type == "cpu" else 128_256
+    logits = (torch.randn(rows, vocab) * 2).to(device)
+    settings = settings_for(rows, device, top_p=0.9)
+    settings.temperature_R.copy_(torch.tensor([0.0, 0.6, 1.3]).repeat(3))
+    settings.top_p_R[6:] = 1.0
+    edited = replace(settings, edits=random_edits(rows, vocab, device))
+    for chosen in (settings, edited):
+        together = sample(logits, chosen, fixed_splits=True)
+        for row in (0, 4, 8):
+            one = slice(row, row + 1)
+            alone = sample(logits[one], only_row(chosen, one), fixed_splits=True)
+            for mine, theirs in zip(alone, together, strict=True):
+                assert torch.equal(mine, theirs[one])
+
+
+def only_row(settings: SampleSettings, rows: slice) -> SampleSettings:
+    """The settings of some rows."""
+    edits = settings.edits
+    return SampleSettings(
+        settings.keys_R2[rows],
+        settings.temperature_R[rows],
+        settings.top_k_R[rows],
+        settings.top_p_R[rows],
+        settings.log_min_p_R[rows],
+        None
+        if edits is None
+        else SampleEdits(
+            *(getattr(edits, field.name)[rows].contiguous() for field in fields(SampleEdits))
+        ),
+    )
+
+
+def test_few_numbers_of_splits_occur_and_a_fixed_one_where_asked() -> None:
+    logits = torch.empty(256, 128_256)
+    splits = {sizes_for(logits[:rows], 0, fixed_splits=False).splits for rows in range(1, 257)}
+    assert splits <= {1, 2, 4, 8, 16}
+    fixed = {sizes_for(logits[:rows], 16, fixed_splits=True) for rows in (1, 7, 256)}
+    assert len(fixed) == 1
 
 
 @pytest.mark.triton
