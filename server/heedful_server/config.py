@@ -149,6 +149,7 @@ class ServerConfig(SettingGroup):
             max_batch_tokens=engine.max_batch_tokens,
             prefix_cache=engine.prefix_cache,
             native_kernels=engine.native_kernels,
+            deterministic=engine.deterministic,
             max_adapters=self.deployment.max_adapters,
             max_adapter_rank=self.deployment.max_adapter_rank,
             log_level=self.log.level,

@@ -22,6 +22,7 @@ _SHORT_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 
 _LATENCY_S = (*_SHORT_S, 2.0, 5.0, 10.0)
 _REQUEST_S = (*_SHORT_S, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 900.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -124,6 +125,13 @@ class EngineMetrics(Collector):
         self._step_time = Histogram(
             "heedful_step_time_seconds", "Time of a step.", buckets=_LATENCY_S, registry=None
         )
+        self._step_bandwidth = Histogram(
+            "heedful_step_bandwidth_ratio",
+            "Bytes of weights and cache that a step must read, each once, over its time and the "
+            "copy bandwidth measured at start-up; above 1 where caches hold them, low for prompts.",
+            buckets=_SHARES,
+            registry=None,
+        )
 
     def take(self, stats: EngineStats) -> None:
         """Keep a report of the engine; a report with fewer steps comes from a new child."""
@@ -133,6 +141,9 @@ class EngineMetrics(Collector):
         if stats.step_tokens:
             self._iteration_tokens.observe(stats.step_tokens)
             self._step_time.observe(stats.step_s)
+            bytes_per_s = 0.0 if self.info is None else self.info.memory_bytes_per_s
+            if stats.step_bytes and bytes_per_s and stats.step_s:
+                self._step_bandwidth.observe(stats.step_bytes / stats.step_s / bytes_per_s)
 
     def describe(self) -> Iterator[Metric]:
         """Name the metrics without values, as registering asks for."""
@@ -165,17 +176,29 @@ class EngineMetrics(Collector):
         yield self._model_info()
         yield from self._iteration_tokens.collect()
         yield from self._step_time.collect()
+        yield from self._step_bandwidth.collect()
+        yield _gauge(
+            "heedful_memory_bandwidth_bytes_per_second",
+            "What a copy reads and writes on the engine's device, measured at start-up.",
+            0.0 if self.info is None else self.info.memory_bytes_per_s,
+        )
 
     def _fallbacks(self, total: EngineStats) -> CounterMetricFamily:
         family = CounterMetricFamily(
-            "heedful_kernel_fallbacks", "Calls of a slower path, by kernel.", labels=["kernel"]
+            "heedful_kernel_fallbacks",
+            'Calls of a slower path, by kernel and reason; kernel is "decoder" where all are.',
+            labels=["kernel", "reason"],
         )
-        for kernel, count in total.kernel_fallbacks.items():
-            family.add_metric([kernel], count)
+        for name, count in total.kernel_fallbacks.items():
+            kernel, _, reason = name.rpartition(":")
+            family.add_metric([kernel or "decoder", reason], count)
         return family
 
     def _adapters(self, total: EngineStats) -> Iterator[Metric]:
-        yield _gauge("heedful_adapter_slots_used", "Adapters in slots.", self.stats.num_adapters)
+        stats = self.stats
+        yield _gauge("heedful_adapter_slots_used", "Adapters in slots.", stats.num_adapters)
+        yield _gauge("heedful_adapter_slots", "Slots for adapters.", stats.num_adapter_slots)
+        yield _gauge("heedful_adapter_bytes", "Bytes of loaded adapters.", stats.adapter_bytes)
         requests = GaugeMetricFamily(
             "heedful_lora_requests_info",
             "Unfinished requests of each adapter that is loaded.",

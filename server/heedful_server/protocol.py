@@ -61,6 +61,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     max_batch_tokens: int = 512
     prefix_cache: bool = True
     native_kernels: bool = True
+    deterministic: bool = False
     max_adapters: int = 8
     max_adapter_rank: int = 64
     log_level: str = "info"
@@ -151,6 +152,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     kv_cache_bytes: int
     hidden_size: int
     num_layers: int
+    memory_bytes_per_s: float = 0.0
+    """What a copy reads and writes, measured at start-up; 0: not measured."""
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):
@@ -246,9 +249,13 @@ class EngineStats(msgspec.Struct, frozen=True):
     step_s: float = 0.0
     step_tokens: int = 0
     step_bytes: int = 0
+    """Bytes of weights and cache that the step had to read."""
     kernel_fallbacks: dict[str, int] = {}
     num_adapters: int = 0
     """Slots that are taken, by adapters that leave too."""
+    num_adapter_slots: int = 0
+    adapter_bytes: int = 0
+    """Bytes of the adapters that are loaded."""
     adapter_requests: dict[str, int] = {}
     """Unfinished requests of each adapter that has a slot, be it 0."""
     adapter_loads: dict[str, int] = {}

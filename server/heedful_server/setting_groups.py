@@ -86,6 +86,12 @@ class EngineSettings(SettingGroup):
     native_kernels: bool = Field(
         default=True, description="Whether native CPU kernels may be used."
     )
+    deterministic: bool = Field(
+        default=False,
+        description="Whether a seeded request must get the same tokens whatever else is in the "
+        "batch: the native CPU kernels always do that, a GPU's then use fixed tiles, which is "
+        "slower, and what cannot do it is refused at start-up.",
+    )
     max_queue: int = Field(
         default=256,
         ge=0,

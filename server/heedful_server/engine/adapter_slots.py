@@ -76,7 +76,7 @@ class AdapterSlots:
     """The table of slots; on_free is told of each slot whose contents nobody needs any more."""
 
     def __init__(self, num_slots: int, on_free: Callable[[int], None]) -> None:
-        self._num_slots = num_slots
+        self.num_slots = num_slots
         self._on_free = on_free
         self._free = list(reversed(range(num_slots)))
         self._adapters: dict[str, _Adapter] = {}
@@ -87,7 +87,13 @@ class AdapterSlots:
     @property
     def num_taken(self) -> int:
         """Slots that are not free."""
-        return self._num_slots - len(self._free)
+        return self.num_slots - len(self._free)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the adapters that are loaded."""
+        outcomes = [adapter.outcome for adapter in self._adapters.values()]
+        return sum(outcome.num_bytes for outcome in outcomes if outcome is not None)
 
     @property
     def requests(self) -> dict[str, int]:
@@ -189,7 +195,7 @@ class AdapterSlots:
     def check_integrity(self) -> None:
         """Raise AssertionError unless every slot is free or has one adapter."""
         taken = [adapter.job.slot for adapter in self._adapters.values()]
-        assert sorted(taken + self._free) == list(range(self._num_slots)), (taken, self._free)
+        assert sorted(taken + self._free) == list(range(self.num_slots)), (taken, self._free)
         for adapter in self._adapters.values():
             assert adapter.num_requests >= 0, adapter
             served = adapter.state in (AdapterState.READY, AdapterState.LEAVING)
@@ -198,7 +204,7 @@ class AdapterSlots:
 
     def _begin(self, message: LoadAdapter) -> LoadJob | None:
         if not self._free:
-            reason = f"all {self._num_slots} adapter slots are taken"
+            reason = f"all {self.num_slots} adapter slots are taken"
             self._refuse(message.request_id, "resource", reason)
             return None
         job = LoadJob(message.adapter_id, message.path, message.role, self._free.pop())

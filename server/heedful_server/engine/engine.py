@@ -67,6 +67,8 @@ class Engine:
         self._adapters = AdapterSlots(max_adapters, runner.drop_adapter)
         self._scoring = Scoring(scheduler, self._adapters, self._reports.append)
         self._num_steps = 0
+        self.step_bytes = 0
+        """Bytes of weights and cache that the last step had to read."""
         self._prompt_tokens = 0
         self._generation_tokens = 0
 
@@ -174,7 +176,7 @@ class Engine:
         self._reports.clear()
         return reports
 
-    def stats(self, step_s: float, num_tokens: int, num_bytes: int) -> EngineStats:
+    def stats(self, step_s: float, num_tokens: int) -> EngineStats:
         """Return where the engine stands after a step of the given cost."""
         scheduler, adapters = self._scheduler, self._adapters
         return EngineStats(
@@ -191,9 +193,11 @@ class Engine:
             steps=self._num_steps,
             step_s=step_s,
             step_tokens=num_tokens,
-            step_bytes=num_bytes,
+            step_bytes=self.step_bytes if num_tokens else 0,
             kernel_fallbacks=dict(self._runner.decoder.fallbacks),
             num_adapters=adapters.num_taken,
+            num_adapter_slots=adapters.num_slots,
+            adapter_bytes=adapters.num_bytes,
             adapter_requests=adapters.requests,
             adapter_loads=adapters.loads,
             adapter_load_s=adapters.load_s,
@@ -211,9 +215,11 @@ class Engine:
         """Run one step and return how many tokens it computed."""
         self._expire()
         plan = self._scheduler.schedule()
+        self.step_bytes = 0
         if not plan.chunks:
             return 0
         self._num_steps += 1
+        self.step_bytes = self._runner.bytes_read(plan)
         self._note_scheduled(plan)
         try:
             result = self._runner.run(plan, [self._sampler_row(s.sequence) for s in plan.samples])

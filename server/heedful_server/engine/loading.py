@@ -18,6 +18,7 @@ from heedful_server.engine.engine import Engine
 from heedful_server.engine.runner import Runner
 from heedful_server.engine.scheduler import Scheduler, SchedulerConfig
 from heedful_server.errors import ModelUnusable
+from heedful_server.model.bandwidth import measure_bandwidth
 from heedful_server.model.load import load_best_decoder
 from heedful_server.protocol import Delta, EngineConfig, EngineInfo, SamplingParams, Submit
 from heedful_server.text.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ from heedful_server.text.tokenizer import Tokenizer
 Progress = Callable[[str, float], None]
 
 _DEFAULT_MEMORY_SHARE = 0.3
+_DEFAULT_DEVICE_SHARE = 0.7
 _DEFAULT_KV_CACHE_MAX_BYTES = 4 << 30
 _WARM_UP_ID = "warm-up"
 
@@ -53,8 +55,9 @@ def load_engine(config: EngineConfig, progress: Progress) -> LoadedEngine:
     max_model_len = min(
         config.max_model_len or decoder.spec.context_tokens, decoder.spec.context_tokens
     )
+    memory_bytes_per_s = measure_bandwidth(decoder.device)
     block_bytes = decoder.kv_bytes_per_block(config.block_size)
-    num_blocks = _num_blocks(config, block_bytes, max_model_len)
+    num_blocks = _num_blocks(config, block_bytes, max_model_len, decoder.device)
     progress("KV cache", 0.0)
     runner = Runner(
         decoder,
@@ -91,14 +94,22 @@ def load_engine(config: EngineConfig, progress: Progress) -> LoadedEngine:
         kv_cache_bytes=num_blocks * block_bytes,
         hidden_size=decoder.spec.hidden_size,
         num_layers=decoder.spec.num_layers,
+        memory_bytes_per_s=memory_bytes_per_s,
     )
     compiler = GrammarCompiler(tokenizer, decoder.spec.vocab_size)
     return LoadedEngine(engine, compiler, AdapterLoader(runner), info)
 
 
-def _num_blocks(config: EngineConfig, block_bytes: int, max_model_len: int) -> int:
+def _num_blocks(
+    config: EngineConfig, block_bytes: int, max_model_len: int, device: torch.device
+) -> int:
     wanted_bytes = config.kv_cache_bytes
-    if wanted_bytes == 0:
+    if wanted_bytes == 0 and device.type == "cuda":
+        # The weights are loaded; what is left besides goes to adapters, graphs and activations.
+        # What loading took and gave back counts as free.
+        torch.cuda.empty_cache()
+        wanted_bytes = int(torch.cuda.mem_get_info(device)[0] * _DEFAULT_DEVICE_SHARE)
+    elif wanted_bytes == 0:
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         wanted_bytes = min(int(available * _DEFAULT_MEMORY_SHARE), _DEFAULT_KV_CACHE_MAX_BYTES)
     # More than every sequence at its longest can never be used.

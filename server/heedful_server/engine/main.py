@@ -120,7 +120,6 @@ class Loop:
         self._engine: Engine = loaded.engine
         self._compiler: GrammarCompiler = loaded.compiler
         self._adapter_loader: AdapterLoader = loaded.adapter_loader
-        self._weight_bytes = loaded.info.weight_bytes
         self._running = True
 
     def run(self) -> None:
@@ -202,7 +201,7 @@ class Loop:
     def _report(self, step_s: float, num_tokens: int) -> None:
         reports = self._engine.take_reports()
         deltas = [report for report in reports if isinstance(report, Delta)]
-        stats = self._engine.stats(step_s, num_tokens, self._weight_bytes if num_tokens else 0)
+        stats = self._engine.stats(step_s, num_tokens)
         # First, so that an adapter is said to be gone after the last words of its last request.
         self._channel.send(StepReport(deltas, stats))
         for report in reports:

@@ -73,6 +73,12 @@ class Runner:
         self._heads.pop(slot, None)
         self.decoder.drop_adapter(slot)
 
+    def bytes_read(self, plan: StepPlan) -> int:
+        """Bytes of weights and cache that a plan's computation has to read, each once."""
+        positions = sum(chunk.start + chunk.num_tokens for chunk in plan.chunks)
+        block_bytes = self.decoder.kv_bytes_per_block(self._block_size)
+        return self.decoder.step_weight_bytes + positions * block_bytes // self._block_size
+
     @torch.inference_mode()
     def run(self, plan: StepPlan, rows: list[SamplerRow]) -> StepResult:
         """Compute a plan's chunks; rows run parallel to plan.samples."""

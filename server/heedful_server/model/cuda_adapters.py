@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from heedful_kernels.lora import LoraPlan, LoraWeights, add_lora_
-from torch import Tensor
+from heedful_kernels.lora import LoraWeights
 
 from heedful_server.model.adapter import AdapterWeights
 from heedful_server.model.lora import LayerUpdates, Update, make_adapter
@@ -66,18 +65,27 @@ class AdapterSlots:
 
     def load(self, slot: int, weights: AdapterWeights) -> int:
         """Put an adapter into a slot; its bytes there. Returns once the device has it."""
-        adapter = make_adapter(weights, self._spec, torch.float32, self._device)
-        self.clear(slot)
-        for layer, updates in zip(self.layers, adapter.layers, strict=True):
-            for room, update in _pairs(layer, updates):
-                _fill(room, slot, update)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self._device.type != "cuda":
+            self._write(slot, weights)
+        else:
+            # Beside the steps, not between them; but after what was queued to empty the slot.
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.default_stream(self._device))
+            with torch.cuda.stream(stream):
+                self._write(slot, weights)
+            stream.synchronize()
         return sum(
             room.a[slot].nbytes + room.b[slot].nbytes
             for layer in self.layers
             for room in (layer.qkv, layer.attn_out, layer.mlp_in, layer.mlp_out)
         )
+
+    def _write(self, slot: int, weights: AdapterWeights) -> None:
+        adapter = make_adapter(weights, self._spec, torch.float32, self._device)
+        self.clear(slot)
+        for layer, updates in zip(self.layers, adapter.layers, strict=True):
+            for room, update in _pairs(layer, updates):
+                _fill(room, slot, update)
 
     def clear(self, slot: int) -> None:
         """Fill a slot with zeros, so that it adds nothing."""
@@ -85,14 +93,6 @@ class AdapterSlots:
             for room in (layer.qkv, layer.attn_out, layer.mlp_in, layer.mlp_out):
                 room.a[slot].zero_()
                 room.b[slot].zero_()
-
-
-def add_adapters_(
-    y_TN: Tensor, x_TK: Tensor, room: LoraWeights | None, plan: LoraPlan | None
-) -> None:
-    """Add each row's adapter to a linear's output in place; nothing without a plan."""
-    if room is not None and plan is not None:
-        add_lora_(y_TN, x_TK, room, plan)
 
 
 def _pairs(layer: LayerSlots, updates: LayerUpdates) -> Sequence[tuple[LoraWeights, Update]]:

@@ -6,6 +6,10 @@ same cache layout: the residual stream is fp32, each sum is added to it and norm
 launch, rotation and cache write are one, attention reads the cache through the block tables, and
 every adapter of a batch is added in one pair of launches a linear, and tokens are drawn where the
 logits are. Nothing waits for the device.
+
+Deterministic means that a row's bits do not depend on what else is in the step: attention in parts
+of a fixed size and one tile, the draw's walk and the adapters cut up alike for every step, and
+linears that were loaded with fixed tiles. Norms, rotations and activations are row by row anyway.
 Knows nothing of files or requests. Runs in the engine child's main thread, but for load_adapter.
 
 On a CPU the operations run their torch references (or Triton's interpreter): that is how the tests
@@ -21,7 +25,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from heedful_kernels.launch import HAS_TRITON, fallback_counts
 from heedful_kernels.layernorm import add_layernorm_, layernorm
-from heedful_kernels.lora import LoraPlan, plan_lora
+from heedful_kernels.lora import LoraPlan, LoraWeights, add_lora_, plan_lora
 from heedful_kernels.paged_attention import paged_attention
 from heedful_kernels.rmsnorm import add_rmsnorm_, rmsnorm
 from heedful_kernels.rope_cache import rope_cache
@@ -31,11 +35,16 @@ from torch import Tensor
 from heedful_server.model import kv_cache as kv
 from heedful_server.model.adapter import AdapterWeights
 from heedful_server.model.batch import ForwardBatch, ForwardResult
-from heedful_server.model.cuda_adapters import AdapterSlots, LayerSlots, add_adapters_
+from heedful_server.model.cuda_adapters import AdapterSlots, LayerSlots
 from heedful_server.model.cuda_draws import draw, draw_settled
 from heedful_server.model.cuda_graphs import GraphedSteps
 from heedful_server.model.cuda_step import CudaStep, make_step
-from heedful_server.model.decoder import DecoderWeights, LayerWeights, weight_bytes
+from heedful_server.model.decoder import (
+    DecoderWeights,
+    LayerWeights,
+    lookup_bytes,
+    weight_bytes,
+)
 from heedful_server.model.kv_cache import KVCache
 from heedful_server.model.norm import Norm
 from heedful_server.model.rope import inverse_frequencies
@@ -43,6 +52,8 @@ from heedful_server.model.spec import Activation, DecoderSpec
 
 _MAX_HEAD_DIM: Final = 256
 _MIN_CAPABILITY: Final = (8, 0)
+# Positions of a part of attention in deterministic mode.
+_FIXED_SPLIT_TOKENS: Final = 512
 
 
 def why_not_cuda_kernels(spec: DecoderSpec, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -90,6 +101,7 @@ class CudaDecoder:
         dtype: torch.dtype,
         device: torch.device,
         quantization: str,
+        deterministic: bool = False,
         graphs: bool = True,
     ) -> None:
         self.spec = spec
@@ -97,7 +109,9 @@ class CudaDecoder:
         self.device = device
         self.dtype = dtype
         self.weight_bytes = weight_bytes(weights)
+        self.step_weight_bytes = self.weight_bytes - lookup_bytes(weights)
         self._weights = weights
+        self._deterministic = deterministic
         self._frequencies = (
             inverse_frequencies(spec.rope).to(device) if spec.rope is not None else None
         )
@@ -152,7 +166,8 @@ class CudaDecoder:
             result = self._compute(make_step(batch, self.device), kv_cache)
         if batch.draws is None or result.drawn_6D is not None:
             return result
-        return replace(result, drawn_6D=draw(result.logits_RV, batch.draws, fixed_splits=False))
+        drawn_6D = draw(result.logits_RV, batch.draws, fixed_splits=self._deterministic)
+        return replace(result, drawn_6D=drawn_6D)
 
     def _compute(self, step: CudaStep, kv_cache: KVCache) -> ForwardResult:
         weights, adapters = self._weights, self._adapters
@@ -174,7 +189,7 @@ class CudaDecoder:
         logits_RV = self._logits(wanted_RH)
         drawn_6R = None
         if step.settings is not None:
-            drawn_6R = draw_settled(logits_RV, step.settings, fixed_splits=False)
+            drawn_6R = draw_settled(logits_RV, step.settings, fixed_splits=self._deterministic)
         return ForwardResult(logits_RV, None, hidden_QH, drawn_6R)
 
     def _shared(self, step: CudaStep) -> _Shared:
@@ -222,7 +237,7 @@ class CudaDecoder:
     def _attention(self, x_TH: Tensor, layer: _Layer, shared: _Shared) -> Tensor:
         spec, step, weights, slots = self.spec, shared.step, layer.weights, layer.slots
         qkv_TQ = weights.qkv(x_TH)
-        add_adapters_(qkv_TQ, x_TH, None if slots is None else slots.qkv, shared.plan)
+        self._adapt_(qkv_TQ, x_TH, None if slots is None else slots.qkv, shared)
         q_THD = rope_cache(
             qkv_TQ,
             shared.cos_TP,
@@ -244,20 +259,26 @@ class CudaDecoder:
             scale=spec.attention_scale,
             max_query_tokens=step.max_query_tokens,
             max_context_tokens=step.max_context_tokens,
+            split_tokens=_FIXED_SPLIT_TOKENS if self._deterministic else 0,
         )
         attended_TQ = attended_THD.flatten(1)
         out_TH = weights.attn_out(attended_TQ)
-        add_adapters_(out_TH, attended_TQ, None if slots is None else slots.attn_out, shared.plan)
+        self._adapt_(out_TH, attended_TQ, None if slots is None else slots.attn_out, shared)
         return out_TH
 
     def _mlp(self, x_TH: Tensor, layer: _Layer, shared: _Shared) -> Tensor:
         weights, slots = layer.weights, layer.slots
         up_TF = weights.mlp_in(x_TH)
-        add_adapters_(up_TF, x_TH, None if slots is None else slots.mlp_in, shared.plan)
+        self._adapt_(up_TF, x_TH, None if slots is None else slots.mlp_in, shared)
         active_TF = self._activated(up_TF)
         out_TH = weights.mlp_out(active_TF)
-        add_adapters_(out_TH, active_TF, None if slots is None else slots.mlp_out, shared.plan)
+        self._adapt_(out_TH, active_TF, None if slots is None else slots.mlp_out, shared)
         return out_TH
+
+    def _adapt_(self, y: Tensor, x: Tensor, room: LoraWeights | None, shared: _Shared) -> None:
+        """Add each row's adapter to a linear's output in place; nothing without a plan."""
+        if room is not None and shared.plan is not None:
+            add_lora_(y, x, room, shared.plan, fixed_tiles=self._deterministic)
 
     def _activated(self, up_TF: Tensor) -> Tensor:
         activation = self.spec.activation

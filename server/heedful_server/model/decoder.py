@@ -40,7 +40,8 @@ class Decoder(Protocol):
 
     The cache is the decoder's own affair: callers keep it and hand it back. `fallbacks` counts, by
     reason, what did not run on the fastest path. One that `draws_tokens` also samples, as its
-    batch's `draws` say; of any other they must not be asked.
+    batch's `draws` say; of any other they must not be asked. `step_weight_bytes` are those that
+    every step reads: all but an embedding that is only looked up.
     """
 
     draws_tokens: bool
@@ -48,6 +49,7 @@ class Decoder(Protocol):
     quantization: str
     kernel_path: str
     weight_bytes: int
+    step_weight_bytes: int
     device: torch.device
 
     @property
@@ -154,6 +156,7 @@ class TorchDecoder:
         self.residual_dtype = residual_dtype(dtype)
         self.fallbacks: dict[str, int] = {}
         self.weight_bytes = weight_bytes(weights)
+        self.step_weight_bytes = self.weight_bytes - lookup_bytes(weights)
         self._weights = weights
         self._exact_attention = exact_attention
         self._frequencies = (
@@ -334,3 +337,10 @@ def weight_bytes(weights: DecoderWeights) -> int:
     parts = [*linears, *norms, weights.embed, weights.positions]
     total = sum(part.num_bytes for part in parts if part is not None)
     return total - weights.embed.bytes_shared_with(weights.head)
+
+
+def lookup_bytes(weights: DecoderWeights) -> int:
+    """Bytes of which a step reads a few rows: tables that are no head as well."""
+    positions = 0 if weights.positions is None else weights.positions.num_bytes
+    embed = weights.embed
+    return embed.num_bytes - embed.bytes_shared_with(weights.head) + positions

@@ -16,11 +16,11 @@ from torch import Tensor
 from heedful_server.model.blocks import BlockKind, dequantize_blocks
 from heedful_server.model.families import read_spec
 from heedful_server.model.load import NATIVE_FLOAT_KINDS, why_not_native
-from heedful_server.model.loader import resolve_device, resolve_mode, served_weights
 from heedful_server.model.names import merge, stored_tensors
 from heedful_server.model.native_loader import TABLE_KIND, as_blocks, fused_kind
 from heedful_server.model.spec import DecoderSpec
-from heedful_server.model.weights import NamedWeight, find_gguf, iterate_weights
+from heedful_server.model.weight_modes import mode_of, resolve_device, served_weights
+from heedful_server.model.weights import NamedWeight, iterate_weights
 from heedful_server.protocol import EngineConfig
 
 # Weights that are computed as one linear.
@@ -74,8 +74,7 @@ def _through(kind: BlockKind, weight: NamedWeight) -> Tensor:
 
 def _torch_values(config: EngineConfig, spec: DecoderSpec) -> Iterator[tuple[str, Tensor]]:
     model_dir = Path(config.model_dir)
-    is_gguf = find_gguf(model_dir) is not None
-    mode = resolve_mode(config.quantize, is_gguf=is_gguf, device=resolve_device(config.device))
+    mode = mode_of(model_dir, config.quantize, resolve_device(config.device))
     for layer in _by_layer(served_weights(model_dir, spec, mode)):
         for name, weight, parts in _with_fused_parts(layer):
             value = weight.dequantize()

@@ -5,20 +5,20 @@ Immutable after loading; runs in the engine child's main thread.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from heedful_server.model.blocks import dequantize_blocks
+from heedful_server.model.blocks import BlockKind, dequantize_blocks
 from heedful_server.model.linear import DenseLinear, Linear
-from heedful_server.model.weights import WeightKind
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingTable:
     """Rows as floats [N, K], or as blocks uint8 [N, bytes per row]."""
 
-    kind: WeightKind
+    kind: BlockKind | Literal["dense"]
     data: Tensor
 
     @property

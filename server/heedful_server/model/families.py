@@ -7,7 +7,7 @@ transformers and no torch; runs while loading, and wherever a model is looked at
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import structlog
 
@@ -51,7 +51,7 @@ def read_spec(model_dir: Path) -> DecoderSpec:
 
 def spec_from_config(config: Config, generation: Config | None = None) -> DecoderSpec:
     """The spec that a parsed config.json describes; errors as `read_spec`."""
-    _refuse_quantized(config)
+    _prequantized(config)
     model_type = config.get("model_type")
     family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
@@ -285,15 +285,35 @@ def _cap_at_window(context: int, window: object) -> int:
     return min(context, window)
 
 
-def _refuse_quantized(config: Config) -> None:
+def read_prequantized(model_dir: Path) -> Literal["nf4", "int8"] | None:
+    """bitsandbytes' form that a checkpoint's layers are stored in; None for a float one.
+
+    Raises:
+        BadCheckpoint: config.json is missing or no JSON object.
+        UnsupportedModel: the checkpoint is quantized in another way.
+    """
+    return _prequantized(read_json(model_dir / "config.json"))
+
+
+def _prequantized(config: Config) -> Literal["nf4", "int8"] | None:
     quantization = config.get("quantization_config")
     if not quantization:
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        return None
+    given = quantization if isinstance(quantization, Mapping) else {}
+    method = given.get("quant_method")
+    if method == "bitsandbytes":
+        if given.get("load_in_8bit"):
+            return "int8"
+        kind = given.get("bnb_4bit_quant_type")
+        if given.get("load_in_4bit") and kind == "nf4":
+            return "nf4"
+        raise UnsupportedModel(
+            "quantization_config", f"of bitsandbytes' forms nf4 and int8 are served, not {kind!r}"
+        )
     raise UnsupportedModel(
         "quantization_config",
         f"a checkpoint quantized with {method or 'an unnamed method'} is not served; "
-        "use a float checkpoint or a GGUF file",
+        "use a float checkpoint, one of bitsandbytes or a GGUF file",
     )
 
 

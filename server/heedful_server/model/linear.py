@@ -1,10 +1,11 @@
 """Linear layers behind one small call, whatever form their weights have.
 
-Owns the two forms of the torch path: dense weights, and GGUF blocks repacked for torch's 4-bit CPU
-kernel. A Q4_1 block maps onto that kernel's groups of 32 directly. A Q8_0 block becomes two 4-bit
-planes, high and low nibbles, over the input twice in a row: d q = 16 d (h - 8) + d l. No weight is
-quantized again; what is lost is the rounding of each group's scale, and of Q4_1's offset m + 8 d,
-from fp16 to the kernel's bf16 (at most 2^-8 of each; Q8_0's offset 8 d follows its scale exactly).
+Owns the two forms of the torch path: dense weights (on a GPU also with a product whose rows do not
+depend on each other), and GGUF blocks repacked for torch's 4-bit CPU kernel. A Q4_1 block maps onto
+that kernel's groups of 32 directly. A Q8_0 block becomes two 4-bit planes, high and low nibbles,
+over the input twice in a row: d q = 16 d (h - 8) + d l. No weight is quantized again; what is lost
+is the rounding of each group's scale, and of Q4_1's offset m + 8 d, from fp16 to the kernel's bf16
+(at most 2^-8 of each; Q8_0's offset 8 d follows its scale exactly).
 Immutable after loading; called from the engine child's main thread.
 
 On an AVX-512 CPU both forms were found bit-invariant in bf16: a row's result does not depend on how
@@ -18,6 +19,7 @@ from typing import Final, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from heedful_kernels.dense_matmul import dense_matmul
 from torch import Tensor
 
 from heedful_server.model.blocks import GROUP, BlockKind, unpack_q4_1, unpack_q8_0
@@ -42,10 +44,11 @@ class Linear(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DenseLinear:
-    """Float weights [N, K], used as they are."""
+    """Float weights [N, K], used as they are; with fixed tiles no row depends on the others."""
 
     weight: Tensor
     bias: Tensor | None = None
+    fixed_tiles: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -54,6 +57,8 @@ class DenseLinear:
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         """[T, K] to [T, N]; x has the dtype of the weights."""
+        if self.fixed_tiles:
+            return dense_matmul(x_TK, self.weight, self.bias)
         return F.linear(x_TK, self.weight, self.bias)
 
 
@@ -91,18 +96,21 @@ def make_linear(
     biases: Sequence[Tensor],
     dtype: torch.dtype,
     device: torch.device,
+    *,
+    fixed_tiles: bool = False,
 ) -> Linear:
     """One linear layer that computes several weights' outputs side by side.
 
     Parts that are all blocks of one kind stay packed where the kernel can run (bf16 on a CPU); any
-    other mix becomes dense in `dtype`.
+    other mix becomes dense in `dtype`, and computed with fixed tiles if asked for.
     """
     bias = torch.cat([bias.to(device, dtype) for bias in biases]) if biases else None
     kind: WeightKind = "dense" if len({part.kind for part in parts}) > 1 else parts[0].kind
-    if kind == "dense" or dtype != torch.bfloat16 or device.type != "cpu":
+    packs_here = dtype == torch.bfloat16 and device.type == "cpu"
+    if kind == "dense" or kind == "nf4" or kind == "int8" or not packs_here:
         # cat copies even a single part, so that nothing keeps the file mapped.
         dense = torch.cat([part.dequantize().to(device, dtype) for part in parts])
-        return DenseLinear(dense, bias)
+        return DenseLinear(dense, bias, fixed_tiles)
     return _pack(kind, torch.cat([part.data for part in parts]), bias)
 
 

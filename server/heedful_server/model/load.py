@@ -12,20 +12,19 @@ from typing import Final
 import structlog
 import torch
 from heedful_kernels import cpu
+from heedful_kernels.launch import count_fallback
+from heedful_kernels.sample import MAX_VOCAB
 
 from heedful_server.model.blocks import BlockKind
 from heedful_server.model.cuda_decoder import CudaDecoder, why_not_cuda_kernels
 from heedful_server.model.decoder import Decoder
-from heedful_server.model.families import read_spec
-from heedful_server.model.loader import (
-    load_decoder,
-    load_weights,
-    resolve_device,
-    resolve_mode,
-)
+from heedful_server.model.errors import UnsupportedModel
+from heedful_server.model.families import read_prequantized, read_spec
+from heedful_server.model.loader import load_decoder, load_weights
 from heedful_server.model.native_decoder import NativeDecoder
 from heedful_server.model.native_loader import is_native_spec, pack_weights
 from heedful_server.model.spec import DecoderSpec
+from heedful_server.model.weight_modes import mode_of, resolve_device
 from heedful_server.model.weights import find_gguf
 from heedful_server.protocol import EngineConfig
 
@@ -45,6 +44,10 @@ def load_best_decoder(config: EngineConfig, progress: Progress) -> Decoder:
     """
     model_dir = Path(config.model_dir)
     spec = read_spec(model_dir)
+    if spec.vocab_size > MAX_VOCAB:
+        raise UnsupportedModel(
+            "vocab_size", f"{spec.vocab_size} tokens; at most {MAX_VOCAB} can be drawn from"
+        )
     device = _device(config.device)
     reason = why_not_native(config, spec)
     if reason is None:
@@ -57,9 +60,27 @@ def load_best_decoder(config: EngineConfig, progress: Progress) -> Decoder:
             return decoder_or_reason
         reason = decoder_or_reason
         log.warning("the GPU's kernels are not used", reason=reason)
+    if config.deterministic:
+        _refuse_unless_deterministic(config, model_dir, device, reason)
     decoder = load_decoder(model_dir, config.quantize, device, progress)
     decoder.fallbacks[reason] = 1
     return decoder
+
+
+def _refuse_unless_deterministic(
+    config: EngineConfig, model_dir: Path, device: str, reason: str
+) -> None:
+    """Refuse torch's operators where their bits depend on the batch."""
+    if device != "cpu":
+        raise UnsupportedModel(
+            "engine.deterministic", f"the GPU's kernels cannot serve this model: {reason}"
+        )
+    if not mode_of(model_dir, config.quantize, resolve_device(device)).keep_blocks:
+        raise UnsupportedModel(
+            "engine.deterministic",
+            f"torch's products round dense weights by the number of rows, and the native kernels "
+            f"cannot serve this model ({reason}); use --quantize int8 or int4",
+        )
 
 
 def _device(wanted: str) -> str:
@@ -77,7 +98,9 @@ def why_not_native(config: EngineConfig, spec: DecoderSpec) -> str | None:
         return "disabled"
     if config.quantize not in NATIVE_FLOAT_KINDS:
         return "weights"
-    if config.quantize == "auto" and find_gguf(model_dir) is None:
+    if find_gguf(model_dir) is None and (
+        config.quantize == "auto" or read_prequantized(model_dir) is not None
+    ):
         return "weights"
     if not is_native_spec(spec):
         return "architecture"
@@ -89,13 +112,29 @@ def _load_cuda(
 ) -> CudaDecoder | str:
     """The decoder on the Triton kernels, or why there is none."""
     target = resolve_device("cuda")
-    is_gguf = find_gguf(model_dir) is not None
-    mode = resolve_mode(config.quantize, is_gguf=is_gguf, device=target)
+    mode = mode_of(model_dir, config.quantize, target)
     reason = why_not_cuda_kernels(spec, target, mode.dtype)
     if reason is not None:
         return reason
-    weights, form = load_weights(model_dir, spec, mode, target, progress, pack_nf4=True)
-    return CudaDecoder(spec, weights, dtype=mode.dtype, device=target, quantization=form)
+    if mode.expanded:
+        count_fallback("weights", "expanded")
+    weights, form = load_weights(
+        model_dir,
+        spec,
+        mode,
+        target,
+        progress,
+        gpu_kernels=True,
+        fixed_tiles=config.deterministic,
+    )
+    return CudaDecoder(
+        spec,
+        weights,
+        dtype=mode.dtype,
+        device=target,
+        quantization=form,
+        deterministic=config.deterministic,
+    )
 
 
 def _load_native(

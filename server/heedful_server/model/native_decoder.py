@@ -60,6 +60,7 @@ class NativeWeights:
     head: PackedWeight
     rope: RopeTable
     num_bytes: int
+    lookup_bytes: int = 0  # of an embedding that is no head as well
 
     @property
     def kind(self) -> str:
@@ -85,6 +86,7 @@ class NativeDecoder:
         self.draws_tokens = False
         self.kernel_path = f"native-{library.isa}"
         self.weight_bytes = weights.num_bytes
+        self.step_weight_bytes = weights.num_bytes - weights.lookup_bytes
         self.device = torch.device("cpu")
         self.fallbacks: dict[str, int] = {}
         self._weights = weights

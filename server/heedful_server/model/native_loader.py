@@ -106,6 +106,7 @@ class _Packer:
             head=head,
             rope=RopeTable(_aligned(cos), _aligned(sin)),
             num_bytes=self._num_bytes,
+            lookup_bytes=0 if spec.tied_embeddings else embedding.num_bytes,
         )
 
     def _linear(self, parts: list[NamedWeight]) -> PackedWeight:
@@ -122,7 +123,11 @@ class _Packer:
 
 def fused_kind(parts: Sequence[NamedWeight], float_kind: BlockKind) -> BlockKind:
     """The form of a linear made of several weights, float ones becoming float_kind."""
-    kinds = {part.kind for part in parts if part.kind != "dense"}
+    kinds = {
+        part.kind
+        for part in parts
+        if part.kind != "dense" and part.kind != "nf4" and part.kind != "int8"
+    }
     # Parts of different forms are fused in the finer one, which loses next to nothing.
     return max(kinds, default=float_kind)
 

@@ -1,7 +1,7 @@
 """Reads single and sharded safetensors checkpoints, tensor by tensor.
 
-Owns finding the files and checking every name and shape before the first tensor is read. Knows
-nothing of quantization. Runs while loading.
+Owns finding the files and checking every name and shape before the first tensor is read; what
+bitsandbytes has packed is checked when it is read. Runs while loading.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from heedful_server.model.bnb_loader import bnb_kind, side_names, split_packed
 from heedful_server.model.errors import BadCheckpoint
 from heedful_server.model.names import (
     StoredTensor,
@@ -37,9 +38,19 @@ def iterate_safetensors(model_dir: Path, spec: DecoderSpec) -> Iterator[NamedWei
         handles = {path: _open(path, stack) for path in _shard_paths(model_dir)}
         found = {name: path for path, handle in handles.items() for name in handle.keys()}  # noqa: SIM118
         wanted = _match(model_dir, spec, found)
+        kinds = {name: bnb_kind(name, found) for _, name in wanted}
         for stored, name in wanted:
-            _check_shape(stored, name, found[name], handles[found[name]])
+            if kinds[name] is None:
+                _check_shape(stored, name, found[name], handles[found[name]])
         for stored, name in wanted:
+            kind = kinds[name]
+            if kind is not None:
+                tensors = {
+                    key: _read(handles[found[key]], found[key], key)
+                    for key in (name, *side_names(name, found))
+                }
+                yield from split_packed(stored, name, kind, tensors, spec)
+                continue
             tensor = _read(handles[found[name]], found[name], name)
             for canonical, part in split(stored, tensor, spec):
                 yield NamedWeight(canonical, "dense", part, tuple(part.shape))
@@ -84,7 +95,8 @@ def _match(
         if name not in found:
             raise BadCheckpoint(f"{model_dir}: tensor {stored.hf_name} is missing")
         wanted.append((stored, name))
-    unexpected = found.keys() - {name for _, name in wanted}
+    known = {name for _, name in wanted}
+    unexpected = found.keys() - known - {side for name in known for side in side_names(name, found)}
     for name in sorted(unexpected):
         if not is_ignorable(name, spec):
             raise BadCheckpoint(f"{found[name]}: unexpected tensor {name}")

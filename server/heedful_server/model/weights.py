@@ -13,10 +13,11 @@ from typing import Literal
 from torch import Tensor
 
 from heedful_server.model.blocks import BlockKind, dequantize_blocks
+from heedful_server.model.bnb_rows import BnbKind, expand
 from heedful_server.model.errors import BadCheckpoint, UnsupportedModel
 from heedful_server.model.spec import DecoderSpec
 
-WeightKind = BlockKind | Literal["dense"]
+WeightKind = BlockKind | Literal["dense"] | BnbKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +25,24 @@ class NamedWeight:
     """One weight: [out, in] for matrices, [size] for norms and biases (always dense).
 
     `data` is a float tensor of `shape` when dense, else the file's blocks, uint8 [out, bytes per
-    row]. Query and key rows are in half-split order for rope, whatever the file's order is.
+    row], or bitsandbytes' rows, which have `scales` (see bnb_rows.py). Query and key rows are in
+    half-split order for rope, whatever the file's order is.
     """
 
     name: str
     kind: WeightKind
     data: Tensor
     shape: tuple[int, ...]
+    scales: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The exact values: fp32 from blocks, the tensor itself when dense."""
-        return self.data if self.kind == "dense" else dequantize_blocks(self.kind, self.data)
+        if self.kind == "dense":
+            return self.data
+        if self.kind == "nf4" or self.kind == "int8":
+            assert self.scales is not None
+            return expand(self.kind, self.data, self.scales)
+        return dequantize_blocks(self.kind, self.data)
 
 
 def iterate_weights(model_dir: Path, spec: DecoderSpec) -> Iterator[NamedWeight]:

@@ -153,7 +153,7 @@ def test_a_preempted_sequence_goes_on_with_its_own_adapter(
     for i, ids in enumerate(prompts):
         driver.submit(f"r{i}", ids, "xy"[i % 2], max_tokens=60)
     driver.run()
-    assert driver.loaded.engine.stats(0.0, 0, 0).preemptions > 0
+    assert driver.loaded.engine.stats(0.0, 0).preemptions > 0
     for i, ids in enumerate(prompts):
         assert driver.tokens[f"r{i}", 0] == driver.answer(ids, "xy"[i % 2], max_tokens=60)
 
@@ -210,12 +210,12 @@ def test_unloading_waits_for_the_last_request_and_takes_no_new_one(
     driver.load("y", adapter_dirs["y"])
     assert driver.failed["late"].kind == "not_loaded"
     assert driver.failed["load y"].kind == "resource"
-    assert driver.loaded.engine.stats(0.0, 0, 0).adapter_requests == {"x": 3}
+    assert driver.loaded.engine.stats(0.0, 0).adapter_requests == {"x": 3}
     while len(driver.finished) < 3:
         assert not [r for r in driver.adapters if isinstance(r, AdapterUnloaded)]
         driver.run(steps=1)
     assert driver.adapters[-1] == AdapterUnloaded("x")
-    assert driver.loaded.engine.stats(0.0, 0, 0).num_adapters == 0
+    assert driver.loaded.engine.stats(0.0, 0).num_adapters == 0
     driver.load("y", adapter_dirs["y"])
     assert driver.answer(prompt(5, seed=0), "y")
 
@@ -252,7 +252,7 @@ def test_every_way_to_end_lets_the_adapter_go(make_driver, adapter_dirs: dict[st
         "late": "deadline",
     }
     assert driver.scored["nothing"].logprobs == [[]]
-    assert engine.stats(0.0, 0, 0).adapter_requests == {"x": 0, "r": 0}
+    assert engine.stats(0.0, 0).adapter_requests == {"x": 0, "r": 0}
 
 
 @pytest.mark.parametrize("quantize", PATHS)
@@ -272,7 +272,7 @@ def test_a_step_that_fails_lets_the_adapter_go(
         engine.score(Score("s", [ScoreItem([1, 2], [3])], policy="x"))
         driver.run()
     assert {f.kind for f in driver.failed.values()} == {"internal"}
-    assert engine.stats(0.0, 0, 0).adapter_requests == {"x": 0}
+    assert engine.stats(0.0, 0).adapter_requests == {"x": 0}
     assert len(driver.answer(prompt(5, seed=0), "x")) == 12
 
 
@@ -358,5 +358,5 @@ def test_unusable_files_name_themselves_and_free_the_slot(
     driver.load("x", adapter_dirs["x"])
     assert "r is 4; this server takes ranks up to 2" in driver.failed["load x"].message
     assert driver.failed["load x"].field == "adapter"
-    stats = driver.loaded.engine.stats(0.0, 0, 0)
+    stats = driver.loaded.engine.stats(0.0, 0)
     assert (stats.num_adapters, stats.adapter_loads) == (0, {"invalid": 2})

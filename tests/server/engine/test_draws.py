@@ -20,7 +20,8 @@ from heedful_server.model.cuda_decoder import CudaDecoder
 from heedful_server.model.cuda_draws import draw
 from heedful_server.model.decoder import Decoder
 from heedful_server.model.families import read_spec
-from heedful_server.model.loader import load_decoder, load_weights, resolve_mode
+from heedful_server.model.loader import load_decoder, load_weights
+from heedful_server.model.weight_modes import resolve_mode
 from heedful_server.protocol import Delta, SamplingParams, Submit
 from heedful_server.text.tokenizer import Tokenizer
 from torch import Tensor

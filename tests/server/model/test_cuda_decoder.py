@@ -29,7 +29,8 @@ from heedful_server.model.cuda_step import (
 )
 from heedful_server.model.decoder import TorchDecoder
 from heedful_server.model.families import read_spec
-from heedful_server.model.loader import load_weights, resolve_mode
+from heedful_server.model.loader import load_weights
+from heedful_server.model.weight_modes import mode_of, resolve_mode
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -38,14 +39,15 @@ TOLERANCE = 1e-4
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def load_cuda(model_dir: Path, quantize: str = "float32") -> CudaDecoder:
-    """The decoder as a GPU would get it, on this CPU."""
-    spec = read_spec(model_dir)
-    mode = resolve_mode(quantize, is_gguf=False, device=CPU)
+def load_cuda(
+    model_dir: Path, quantize: str = "float32", device: torch.device = CPU
+) -> CudaDecoder:
+    """The decoder as a GPU would get it, on a device."""
+    spec, mode = read_spec(model_dir), mode_of(model_dir, quantize, torch.device("cuda"))
     weights, form = load_weights(
-        model_dir, spec, mode, CPU, lambda stage, share: None, pack_nf4=True
+        model_dir, spec, mode, device, lambda stage, share: None, gpu_kernels=True
     )
-    return CudaDecoder(spec, weights, dtype=mode.dtype, device=CPU, quantization=form)
+    return CudaDecoder(spec, weights, dtype=mode.dtype, device=device, quantization=form)
 
 
 def conversation(runner: Any, random_ids: Callable[..., list[int]]) -> dict[str, Tensor]:
@@ -129,6 +131,7 @@ def test_a_dropped_adapter_adds_nothing(
 def test_nf4_weights_stay_packed_and_compute_the_served_values(
     llama_dir: Path, load, stepper, random_ids
 ) -> None:
+    before = launch.fallback_counts().get("nf4_matmul:expanded", 0)
     ours = load_cuda(llama_dir, "nf4")
     theirs = load(llama_dir, "nf4")
     assert ours.quantization == "nf4"
@@ -136,6 +139,7 @@ def test_nf4_weights_stay_packed_and_compute_the_served_values(
     assert isinstance(layer.qkv, Nf4Linear)
     # The down projection's rows of 96 are no whole groups of 64: they stay dense.
     assert not isinstance(layer.mlp_out, Nf4Linear)
+    assert ours.fallbacks["nf4_matmul:expanded"] == before + ours.spec.num_layers
     assert ours.weight_bytes < theirs.weight_bytes
     ids = random_ids(15, seed=0)
     exact = stepper(theirs).step({"a": ids})["a"]
@@ -227,7 +231,7 @@ def test_a_padded_step_is_the_step_and_writes_nowhere_else(
 def test_the_kernels_themselves_compute_it_in_the_interpreter() -> None:
     chosen = "(every_family and gqa) or nf4 or padded"
     command = [sys.executable, "-P", "-m", "pytest", __file__, "-q", "-x", "-k", chosen]
-    command += ["-W", "ignore::RuntimeWarning"]
+    command += ["-W", "ignore::RuntimeWarning", "-o", "timeout=600"]
     done = subprocess.run(
         command,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
@@ -238,6 +242,26 @@ def test_the_kernels_themselves_compute_it_in_the_interpreter() -> None:
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "3 passed" in done.stdout, done.stdout[-500:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("quantize", ["float32", "bfloat16", "nf4", "int8"])
+def test_a_gpu_computes_what_the_references_do(
+    quantize: str, llama_dir: Path, save_adapter: Callable[..., Path], stepper, random_ids
+) -> None:
+    adapter_dir = save_adapter(llama_dir)
+    logits = []
+    for device in (torch.device("cuda"), CPU):
+        decoder = load_cuda(llama_dir, quantize, device)
+        decoder.reserve_adapters(2, 16)
+        decoder.load_adapter(1, read_adapter(adapter_dir, decoder.spec, "policy", 16))
+        runner = stepper(decoder)
+        runner.adapters.update(a=1, b=-1)
+        logits.append(conversation(runner, random_ids))
+    for name, expected in logits[1].items():
+        error = (logits[0][name].cpu() - expected).abs()
+        assert error.mean() < (1e-4 if quantize == "float32" else 0.03 * expected.std())
 
 
 @pytest.mark.gpu

@@ -89,6 +89,16 @@ def test_defaults_follow_each_family() -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "bitsandbytes",
+                    "load_in_4bit": True,
+                    "bnb_4bit_quant_type": "fp4",
+                }
+            },
+            "quantization_config",
+        ),
         ({"hidden_act": "xielu"}, "hidden_act"),
         ({"head_dim": 15}, "head_dim"),
         ({"partial_rotary_factor": 0.01}, "partial_rotary_factor"),

@@ -9,6 +9,8 @@ import pytest
 import torch
 from heedful_server.errors import ModelUnusable
 from heedful_server.model.errors import BadCheckpoint, UnsupportedModel
+from heedful_server.model.load import load_best_decoder
+from heedful_server.protocol import EngineConfig
 from safetensors.torch import load_file, save_file
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -118,6 +120,13 @@ def test_a_directory_without_weights_is_refused(copy_dir: Path, load) -> None:
 def test_a_missing_directory_is_named(tmp_path: Path, load) -> None:
     with pytest.raises(ModelUnusable, match="nowhere"):
         load(tmp_path / "nowhere")
+
+
+def test_more_tokens_than_can_be_drawn_from_are_refused(tmp_path: Path, llama_dir: Path) -> None:
+    config = json.loads((llama_dir / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": (1 << 18) + 1}))
+    with pytest.raises(UnsupportedModel, match="vocab_size: 262145"):
+        load_best_decoder(EngineConfig(str(tmp_path), device="cpu"), lambda stage, share: None)
 
 
 def test_unknown_quantize_and_device_are_refused(llama_dir: Path) -> None:

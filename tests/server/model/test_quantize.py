@@ -7,7 +7,7 @@ import pytest
 import torch
 from heedful_kernels.bnb_layout import dequantize_nf4_reference, quantize_nf4
 from heedful_server.model.dequantize import dequantized_state_dict
-from heedful_server.model.loader import resolve_mode, served_weights
+from heedful_server.model.weight_modes import resolve_mode, served_weights
 from safetensors.torch import load_file
 
 CPU = torch.device("cpu")
@@ -90,6 +90,9 @@ def test_auto_keeps_blocks_of_a_gguf_and_floats_of_a_checkpoint() -> None:
 
 
 def test_packed_forms_expand_on_other_devices() -> None:
+    for quantize, is_gguf in (("int4", False), ("int8", True), ("auto", True)):
+        assert resolve_mode(quantize, is_gguf=is_gguf, device=torch.device("cuda")).expanded
+    assert not resolve_mode("int8", is_gguf=False, device=torch.device("cuda")).expanded
     mode = resolve_mode("auto", is_gguf=True, device=torch.device("cuda"))
     assert (mode.dtype, mode.keep_blocks, mode.layers) == (torch.bfloat16, False, "dense")
 

@@ -4,7 +4,7 @@ import httpx
 import pytest
 from heedful_proto.v1 import inference_pb2 as pb
 from heedful_server.metrics import EngineMetrics, Metrics
-from heedful_server.protocol import EngineStats
+from heedful_server.protocol import EngineInfo, EngineStats
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -98,11 +98,54 @@ def test_counters_of_the_engine_outlive_its_restart():
     registry.register(metrics)
     metrics.take(EngineStats(steps=10, generation_tokens=100, kernel_fallbacks={"a": 2}))
     metrics.take(EngineStats())
-    metrics.take(EngineStats(steps=1, generation_tokens=7, kernel_fallbacks={"a": 1, "b": 5}))
+    later = {"a": 1, "nf4_matmul:columns": 5}
+    metrics.take(EngineStats(steps=1, generation_tokens=7, kernel_fallbacks=later))
     value = registry.get_sample_value
     assert value("heedful_generation_tokens_total") == 107
-    assert value("heedful_kernel_fallbacks_total", {"kernel": "a"}) == 3
-    assert value("heedful_kernel_fallbacks_total", {"kernel": "b"}) == 5
+    name = "heedful_kernel_fallbacks_total"
+    assert value(name, {"kernel": "decoder", "reason": "a"}) == 3
+    assert value(name, {"kernel": "nf4_matmul", "reason": "columns"}) == 5
+
+
+def test_steps_are_compared_with_the_memory_s_bandwidth():
+    metrics = EngineMetrics()
+    registry = CollectorRegistry()
+    registry.register(metrics)
+    value = registry.get_sample_value
+    # Before the engine has said how fast the memory is there is nothing to compare with.
+    metrics.take(EngineStats(steps=1, step_tokens=1, step_s=0.5, step_bytes=10))
+    assert value("heedful_step_bandwidth_ratio_count") == 0
+    metrics.info = EngineInfo(
+        base_model="m",
+        architecture="llama",
+        quantization="nf4",
+        kernel_path="triton",
+        device="cuda",
+        vocab_size=9,
+        context_tokens=9,
+        num_blocks=1,
+        block_size=1,
+        weight_bytes=10,
+        kv_cache_bytes=1,
+        hidden_size=1,
+        num_layers=1,
+        memory_bytes_per_s=100.0,
+    )
+    metrics.take(EngineStats(steps=2, step_tokens=1, step_s=0.5, step_bytes=20))
+    metrics.take(EngineStats(steps=2))
+    assert value("heedful_step_bandwidth_ratio_sum") == pytest.approx(0.4)
+    assert value("heedful_step_bandwidth_ratio_count") == 1
+    assert value("heedful_memory_bandwidth_bytes_per_second") == 100.0
+
+
+def test_adapters_say_how_much_room_they_take():
+    metrics = EngineMetrics()
+    registry = CollectorRegistry()
+    registry.register(metrics)
+    metrics.take(EngineStats(num_adapters=2, num_adapter_slots=8, adapter_bytes=4096))
+    assert registry.get_sample_value("heedful_adapter_slots") == 8
+    assert registry.get_sample_value("heedful_adapter_slots_used") == 2
+    assert registry.get_sample_value("heedful_adapter_bytes") == 4096
 
 
 def test_steps_are_counted_by_their_tokens():
