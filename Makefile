@@ -1,4 +1,4 @@
-# One verb each: serve, test, chaos, check, proto, native, bench, clean. CI calls the same verbs.
+# One verb each: serve, test, chaos, check, proto, native, bench, gpu, clean. CI calls the same verbs.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -14,7 +14,11 @@ PACKAGES := heedful_kernels heedful_store heedful_server heedful_trainer heedful
 PROTOS := $(wildcard proto/heedful_proto/v1/*.proto)
 ARGS ?=
 
-.PHONY: help serve test chaos check format proto native model bench clean install-serve install-dev
+# What runs `make gpu`: an installation that has torch with CUDA. WHEELS brings what it lacks.
+GPU_PYTHON ?= python3
+WHEELS ?= wheels
+
+.PHONY: help serve test chaos check format proto native model bench gpu gpu-wheels clean install-serve install-dev
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -73,6 +77,14 @@ proto: $(VENV)/.dev  ## Regenerate the code of the contract.
 
 bench: $(VENV)/.dev native  ## Benchmark serving on this machine, beside the peers that are installed.
 	$(BIN)/python -P benchmarks/serving_cpu.py $(ARGS)
+
+gpu:  ## Test and measure the GPU's kernels on this machine, without network. ARGS="--only decode".
+	@$(GPU_PYTHON) -P benchmarks/gpu.py --wheels $(WHEELS) $(ARGS)
+
+gpu-wheels: $(VENV)/.serve  ## Get the wheels that `make gpu` may lack elsewhere (Python 3.12, x86-64).
+	$(PIP) download -d $(WHEELS) --no-deps --only-binary=:all: --python-version 312 \
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 --platform manylinux_2_17_x86_64 \
+	  pytest pluggy iniconfig pygments packaging scipy msgspec structlog psutil peft accelerate bitsandbytes
 
 clean:  ## Remove the environment and what was built.
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache kernels/heedful_kernels/cpu/_lib
