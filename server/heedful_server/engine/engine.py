@@ -5,12 +5,18 @@ delta; score requests are in scoring.py, adapters in adapter_slots.py. It knows 
 processes or tensors: the scheduler decides what runs, the runner computes it. Runs in the engine
 child's main thread; no method blocks except step(), which takes one forward pass.
 
+Where a launched step computes beside this thread, the next one is launched as soon as the tokens of
+the last are known and counted, before their text is made. A sequence whose text then turns out to
+have ended has computed a token too many, which nobody gets; whatever ends without a look at the
+text (end-of-answer tokens, lengths, grammars) ends before.
+
 One bad request cannot end the engine: whatever a request raises by itself fails that request, and
 a forward pass that raises fails the requests that were in it.
 """
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import structlog
 
@@ -41,7 +47,19 @@ from heedful_server.text.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
 
+# What a step may fail with; anything else is a bug and ends the engine.
+_STEP_ERRORS = (RuntimeError, ValueError, MemoryError)
+
 Report = Delta | Failed | Scored | AdapterLoaded | AdapterUnloaded
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step that computes, and how to wait for it."""
+
+    plan: StepPlan
+    read: Callable[[], StepResult]
+    num_bytes: int
 
 
 class Engine:
@@ -66,6 +84,8 @@ class Engine:
         self._reports: list[Report] = []
         self._adapters = AdapterSlots(max_adapters, runner.drop_adapter)
         self._scoring = Scoring(scheduler, self._adapters, self._reports.append)
+        # The step that computes already, where steps do that beside this thread.
+        self._launched: _Launched | None = None
         self._num_steps = 0
         self.step_bytes = 0
         """Bytes of weights and cache that the last step had to read."""
@@ -214,21 +234,41 @@ class Engine:
     def step(self) -> int:
         """Run one step and return how many tokens it computed."""
         self._expire()
-        plan = self._scheduler.schedule()
+        launched, self._launched = self._launched or self._launch(), None
         self.step_bytes = 0
-        if not plan.chunks:
+        if launched is None:
             return 0
-        self._num_steps += 1
-        self.step_bytes = self._runner.bytes_read(plan)
-        self._note_scheduled(plan)
+        plan = launched.plan
         try:
-            result = self._runner.run(plan, [self._sampler_row(s.sequence) for s in plan.samples])
-        except (RuntimeError, ValueError, MemoryError) as error:
-            log.exception("step failed", error=type(error).__name__)
+            result = launched.read()
+        except _STEP_ERRORS as error:
             self._fail_plan(plan, error)
             return 0
         self._commit(plan, result)
+        taken = self._take_tokens(plan, result.sampled)
+        # What scores holds on to adapters that a step in flight may not lose.
+        if self._runner.overlaps and not self._scoring.request_ids:
+            self._launched = self._launch()
+        if result.sampled is not None:
+            for row in taken:
+                self._report_token(plan.samples[row].sequence, result.sampled, row)
+        self.step_bytes = launched.num_bytes
         return sum(chunk.num_tokens for chunk in plan.chunks)
+
+    def _launch(self) -> _Launched | None:
+        """Plan the next step and begin to compute it; None when there is nothing to do."""
+        plan = self._scheduler.schedule()
+        if not plan.chunks:
+            return None
+        self._num_steps += 1
+        num_bytes = self._runner.bytes_read(plan)
+        self._note_scheduled(plan)
+        try:
+            rows = [self._sampler_row(item.sequence) for item in plan.samples]
+            return _Launched(plan, self._runner.launch(plan, rows), num_bytes)
+        except _STEP_ERRORS as error:
+            self._fail_plan(plan, error)
+            return None
 
     def _expire(self) -> None:
         now_s = self._clock()
@@ -277,29 +317,57 @@ class Engine:
             self._scoring.take_logprobs(sequence, logprobs)
         for sequence, rewards in result.rewards:
             self._scoring.take_rewards(sequence, rewards)
-        if sampled is None:
-            return
-        now_s = self._clock()
-        for row, item in enumerate(plan.samples):
-            self._take_token(item.sequence, sampled, row, now_s)
 
-    def _take_token(
-        self, sequence: Sequence, sampled: SampledTokens, row: int, now_s: float
-    ) -> None:
+    def _take_tokens(self, plan: StepPlan, sampled: SampledTokens | None) -> list[int]:
+        """Count the tokens of a committed step; the rows of those that somebody waits for."""
+        if sampled is None:
+            return []
+        now_s = self._clock()
+        taken = []
+        for row, item in enumerate(plan.samples):
+            sequence, token_id = item.sequence, sampled.token_ids[row]
+            request = self._requests.get(sequence.request_id)
+            if request is None or request.samples[sequence.index].finished:
+                # It or a sibling could not be sampled, or it ended while the step ran.
+                continue
+            sample = request.samples[sequence.index]
+            sample.token_ids.append(token_id)
+            sample.first_token_at_s = sample.first_token_at_s or now_s
+            self._generation_tokens += 1
+            if sample.matcher is not None:
+                sample.matcher.accept(token_id)
+            if self._ends(request, sample, token_id):
+                self._scheduler.finish(sequence)
+            taken.append(row)
+        return taken
+
+    def _ends(self, request: GenerateRequest, sample: Sample, token_id: int) -> bool:
+        """Whether a completion ends with a token whatever its text is."""
+        sampling = request.submit.sampling
+        ends_answer = token_id in self._eos_token_ids and not sampling.ignore_eos
+        if ends_answer or token_id in sampling.stop_token_ids:
+            return True
+        return self._is_full(request, sample) or (
+            sample.matcher is not None and sample.matcher.terminated
+        )
+
+    def _is_full(self, request: GenerateRequest, sample: Sample) -> bool:
+        num_tokens = len(sample.token_ids)
+        length = len(request.submit.prompt_token_ids) + num_tokens
+        return num_tokens >= request.submit.sampling.max_tokens or length >= self._max_model_len
+
+    def _report_token(self, sequence: Sequence, sampled: SampledTokens, row: int) -> None:
         request = self._requests.get(sequence.request_id)
         if request is None:
-            # It could not be sampled, or a sibling could not.
+            # The step after it could not be launched.
             return
         sample = request.samples[sequence.index]
         token_id = sampled.token_ids[row]
-        sample.token_ids.append(token_id)
-        sample.first_token_at_s = sample.first_token_at_s or now_s
-        self._generation_tokens += 1
         text, reason, stop = self._advance(request, sample, token_id)
         finish = None
         if reason is not None:
             text += "" if stop else sample.detokenizer.finish()
-            finish = request.finish(sample, reason, stop, now_s)
+            finish = request.finish(sample, reason, stop, self._clock())
             self._scheduler.finish(sequence)
         self._reports.append(
             Delta(
@@ -322,8 +390,6 @@ class Engine:
     ) -> tuple[str, FinishReason | None, str]:
         """Return the text that a token adds, why it ends the completion, and the stop string."""
         sampling = request.submit.sampling
-        if sample.matcher is not None:
-            sample.matcher.accept(token_id)
         if token_id in sampling.stop_token_ids:
             return "", "stop", ""
         if token_id in self._eos_token_ids and not sampling.ignore_eos:
@@ -334,8 +400,7 @@ class Engine:
             return delta.text, "stop", delta.stop
         if sample.matcher is not None and sample.matcher.terminated:
             return delta.text, "stop", ""
-        length = len(request.submit.prompt_token_ids) + num_tokens
-        if num_tokens >= sampling.max_tokens or length >= self._max_model_len:
+        if self._is_full(request, sample):
             return delta.text, "length", ""
         return delta.text, None, ""
 
@@ -354,7 +419,8 @@ class Engine:
     def _fail_unsampled(self, plan: StepPlan, sampled: SampledTokens) -> None:
         for item, error in zip(plan.samples, sampled.errors, strict=True):
             request = self._requests.get(item.sequence.request_id)
-            if error is not None and request is not None:
+            finished = request is None or request.samples[item.sequence.index].finished
+            if error is not None and request is not None and not finished:
                 self._fail_sample(request, request.samples[item.sequence.index], error)
 
     def _fail_sample(self, request: GenerateRequest, sample: Sample, error: str) -> None:
@@ -375,6 +441,7 @@ class Engine:
             self._reports.append(Failed(request_id, "internal", message, ""))
 
     def _fail_plan(self, plan: StepPlan, error: Exception) -> None:
+        log.error("step failed", exc_info=error, error=type(error).__name__)
         message = f"the step failed: {type(error).__name__}"
         for request_id in {chunk.sequence.request_id for chunk in plan.chunks}:
             score_id = self._scoring.owner(request_id)

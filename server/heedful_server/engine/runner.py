@@ -3,8 +3,12 @@
 Owns the decoder, the KV cache, the adapters in their slots and the reward heads that belong to
 them; the only torch state of the engine. Knows nothing of requests, queues or text. Runs in the
 engine child's main thread, but for load_adapter.
+
+A step is launched and read in two calls: where the decoder draws on a GPU only the second waits,
+and whatever the engine does in between runs beside the step.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +17,7 @@ from torch import Tensor
 
 from heedful_server.engine.adapter_slots import LoadOutcome
 from heedful_server.engine.batch import PreparedStep, ScoredRows, prepare_step
-from heedful_server.engine.draws import plan_draws, read_draws
+from heedful_server.engine.draws import DrawPlan, plan_draws, read_draws
 from heedful_server.engine.sampler import SampledTokens, SamplerRow, sample, token_logprobs
 from heedful_server.engine.scheduler import StepPlan
 from heedful_server.engine.sequence import Sequence
@@ -79,17 +83,41 @@ class Runner:
         block_bytes = self.decoder.kv_bytes_per_block(self._block_size)
         return self.decoder.step_weight_bytes + positions * block_bytes // self._block_size
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether a launched step computes while the caller goes on."""
+        return self.decoder.draws_tokens and self.decoder.device.type == "cuda"
+
     @torch.inference_mode()
-    def run(self, plan: StepPlan, rows: list[SamplerRow]) -> StepResult:
-        """Compute a plan's chunks; rows run parallel to plan.samples."""
+    def launch(self, plan: StepPlan, rows: list[SamplerRow]) -> Callable[[], StepResult]:
+        """Begin to compute a plan's chunks; rows run parallel to plan.samples.
+
+        What is returned waits for the step and gives its result. It must be called before the next
+        launch, which may overwrite what it reads.
+        """
         if plan.copies:
             self.decoder.copy_blocks(self._kv_cache, plan.copies)
         prepared = prepare_step(plan, self._block_size)
-        sampled: SampledTokens | None
+        batch = prepared.batch
+        draws: DrawPlan | None = None
         if prepared.sample_rows and self.decoder.draws_tokens:
-            result, sampled = self._forward_and_draw(prepared, rows)
+            vocab_size = self.decoder.spec.vocab_size
+            draws = plan_draws(rows, prepared.sample_rows, len(batch.logit_rows_R), vocab_size)
+            batch = replace(batch, draws=draws.draws)
+        result = self.decoder.forward(batch, self._kv_cache)
+        return lambda: self._read(prepared, draws, result, rows)
+
+    @torch.inference_mode()
+    def _read(
+        self,
+        prepared: PreparedStep,
+        draws: DrawPlan | None,
+        result: ForwardResult,
+        rows: list[SamplerRow],
+    ) -> StepResult:
+        if draws is not None:
+            sampled: SampledTokens | None = read_draws(draws, result, rows)
         else:
-            result = self.decoder.forward(prepared.batch, self._kv_cache)
             sampled = _sample(result, prepared.sample_rows, rows)
         return StepResult(
             sampled,
@@ -99,15 +127,6 @@ class Runner:
                 for sequence, hidden_H in zip(prepared.hidden, result.hidden_QH, strict=True)
             ],
         )
-
-    def _forward_and_draw(
-        self, prepared: PreparedStep, rows: list[SamplerRow]
-    ) -> tuple[ForwardResult, SampledTokens]:
-        batch = prepared.batch
-        vocab_size = self.decoder.spec.vocab_size
-        plan = plan_draws(rows, prepared.sample_rows, len(batch.logit_rows_R), vocab_size)
-        result = self.decoder.forward(replace(batch, draws=plan.draws), self._kv_cache)
-        return result, read_draws(plan, result, rows)
 
 
 def _sample(
