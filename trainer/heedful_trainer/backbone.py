@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from heedful_trainer import lora
 from heedful_trainer.errors import ModelUnusable
@@ -191,6 +192,7 @@ def load_backbone(directory: Path, options: BackboneOptions) -> Backbone:
         ModelUnusable: transformers cannot load it, or its layers are not found.
     """
     has_gguf = (directory / "model.gguf").is_file()
+    transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(directory),
