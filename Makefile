@@ -84,7 +84,7 @@ gpu:  ## Test and measure the GPU's kernels on this machine, without network. AR
 gpu-wheels: $(VENV)/.serve  ## Get the wheels that `make gpu` may lack elsewhere (Python 3.12, x86-64).
 	$(PIP) download -d $(WHEELS) --no-deps --only-binary=:all: --python-version 312 \
 	  --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 --platform manylinux_2_17_x86_64 \
-	  pytest pluggy iniconfig pygments packaging scipy msgspec structlog psutil peft accelerate bitsandbytes
+	  pytest pluggy iniconfig pygments packaging scipy msgspec structlog psutil xgrammar apache-tvm-ffi peft accelerate bitsandbytes
 
 clean:  ## Remove the environment and what was built.
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache kernels/heedful_kernels/cpu/_lib

@@ -25,7 +25,8 @@ ROOT = HERE.parent
 SOURCES = [ROOT / name for name in ("proto", "kernels", "server")]
 EXTRA = ROOT / ".gpu-packages"
 TESTS = ("tests/kernels", "tests/server/model/test_cuda_decoder.py",
-         "tests/server/model/test_cuda_deterministic.py")  # fmt: skip
+         "tests/server/model/test_cuda_deterministic.py",
+         "tests/server/engine/test_draws.py")  # fmt: skip
 NO_DEVICE = 2
 # The tests may take this share of the time, the figures get the rest.
 TEST_SHARE = 0.5
