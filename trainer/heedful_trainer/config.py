@@ -88,7 +88,7 @@ class OptimiserSettings(_Group):
     min_steps: int = Field(
         default=24,
         ge=0,
-        description="A small log is passed over more often, up to eight times, to make so many.",
+        description="A small log is passed over more often, up to four times, to make so many.",
     )
     micro_batch_tokens: PositiveInt = Field(
         default=3072, description="Most tokens computed at once; changes no more than rounding."

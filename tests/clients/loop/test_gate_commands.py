@@ -26,6 +26,17 @@ def test_explain_shows_stages_checks_and_a_sentence(run):
     assert "the interval holds 50 %" in line
 
 
+def test_explain_names_what_passed_and_shows_it_on_request(run, loop):
+    checks = [{"name": name, "verdict": "pass", "value": 0.5} for name in ("files", "origin")]
+    report = {"verdict": "pass", "stages": [{"name": "integrity", "checks": checks}]}
+    loop.add("v1", "challenger", verdict="pass")
+    loop.evidence["v1"] = report
+    assert "passed: files, origin" in run("gate", "explain", "v1").stdout
+    whole = run("gate", "explain", "v1", "--all").stdout
+    assert "passed:" not in whole
+    assert any(line.split()[:3] == ["files", "pass", "0.5"] for line in whole.splitlines())
+
+
 @pytest.mark.usefixtures("judged")
 def test_explain_as_json_is_the_report(run, report):
     assert json.loads(run("gate", "explain", "v1", "--json").stdout) == report

@@ -120,10 +120,18 @@ def test_diff_needs_prompts(run):
     assert run("models", "diff", "a", "b").exit_code == 2
 
 
-def test_a_version_that_is_not_loaded_ends_with_1(run, script, refusal):
-    script.refusals = [refusal(grpc.StatusCode.FAILED_PRECONDITION, "v2 is not loaded")]
+def test_a_version_that_cannot_be_loaded_ends_with_1(run, loop, script, refusal):
+    loop.add("v2", "rejected")
+    script.refusals = [refusal(grpc.StatusCode.FAILED_PRECONDITION, "v2 is not loaded")] * 2
     done = run("models", "diff", "base", "v2", "x")
     assert (done.exit_code, "v2 is not loaded" in done.stderr) == (1, True)
+
+
+def test_a_version_that_nobody_is_served_with_is_loaded_for_a_look(run, loop, script, refusal):
+    loop.add("v2", "rejected")
+    script.refusals = [refusal(grpc.StatusCode.FAILED_PRECONDITION, "v2 is not loaded")]
+    assert run("models", "diff", "v2", "base", "x").exit_code == 0
+    assert [request.model for request in script.requests] == ["v2", "base"]
 
 
 def test_export_runs_the_trainers_program(tmp_path):

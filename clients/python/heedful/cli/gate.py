@@ -41,6 +41,9 @@ def explain(
     target: TargetOption = TARGET,
     timeout: TimeoutOption = TIMEOUT_S,
     wait: WaitOption = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show checks that passed as fully as the others.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Show what the gate found about a version: each check with value, limit, n and interval."""
@@ -54,7 +57,7 @@ def explain(
         if told := gate_view.votes(card):
             write(f"{told}\n")
     else:
-        gate_view.explain(card, report)
+        gate_view.explain(card, report, everything=everything)
 
 
 def vote(

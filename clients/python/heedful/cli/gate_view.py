@@ -43,8 +43,11 @@ def report_of(card: ModelCard) -> Json | None:
     return None
 
 
-def explain(card: ModelCard, report: Json) -> None:
-    """Shows what the gate found, stage by stage, and what follows from it."""
+def explain(card: ModelCard, report: Json, *, everything: bool) -> None:
+    """Shows what the gate found, stage by stage, and what follows from it.
+
+    Checks that passed are only named, unless everything is asked for.
+    """
     write(printable(summary(card, report)) + "\n")
     if told := votes(card):
         write(printable(told) + "\n")
@@ -57,8 +60,12 @@ def explain(card: ModelCard, report: Json) -> None:
         if detail := str(stage.get("detail") or ""):
             console.print(printable(detail))
         checks = _mappings(stage.get("checks"))
-        if checks:
-            console.print(_table(checks))
+        passed = [] if everything else [c for c in checks if c.get("verdict") == "pass"]
+        if shown := [check for check in checks if check not in passed]:
+            console.print(_table(shown))
+        if passed:
+            names = ", ".join(printable(str(check.get("name", ""))) for check in passed)
+            console.print(f"passed: {names}", style="dim")
 
 
 def votes(card: ModelCard) -> str:

@@ -23,12 +23,14 @@ from heedful.cli.connection import (
 )
 from heedful.cli.options import JsonFlag
 from heedful.cli.output import json_text, printable, stderr, write
+from heedful.errors import FailedPrecondition
 from heedful.sync import Client
 from heedful.types import Consent, GenerateOptions
 
 DEFAULT_MAX_TOKENS = 200
 DEFAULT_TEMPERATURE = 0.7
 _MIN_TABLE_WIDTH = 60
+_LEASE_S = 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,12 @@ def _answer(
     prompt = prompts.with_system(asked.prompt, system)
     of_this = options.copy()
     of_this["model"] = name
-    generation = client.generate(prompt, **of_this)
+    try:
+        generation = client.generate(prompt, **of_this)
+    except FailedPrecondition:
+        # A version that nobody is served with is not kept in memory.
+        client.load_adapter(name, lease_s=_LEASE_S)
+        generation = client.generate(prompt, **of_this)
     completion = generation.completions[0]
     return Answer(
         version=generation.served_by.policy_version,

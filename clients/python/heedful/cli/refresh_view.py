@@ -34,6 +34,7 @@ _NAMES = {
 }
 _FIGURES = ("loss", "accuracy", "kl", "tokens_per_s")
 _MAX_FIGURES = 4
+_MAX_FIGURES_OF_A_BAR = 2  # a terminal of 80 columns has room for no more
 _SUBJECTS = {"paused": "is paused", "queued": "waits for a trainer", "stopped": "was stopped"}
 
 
@@ -123,7 +124,8 @@ class _Bars:
         position = STAGES.index(refresh.stage)
         self._finish_before(position)
         status = "" if refresh.status == "running" else refresh.status
-        figures = " · ".join(filter(None, (status, in_figures(refresh.figures))))
+        told = in_figures(refresh.figures, _MAX_FIGURES_OF_A_BAR)
+        figures = " · ".join(filter(None, (status, told)))
         if refresh.stage not in self._tasks:
             self._tasks[refresh.stage] = self._progress.add_task(
                 _NAMES[refresh.stage], total=1.0, figures=figures
@@ -151,12 +153,12 @@ def document(refresh: Refresh) -> dict[str, Any]:
     return dataclasses.asdict(refresh)
 
 
-def in_figures(figures: Mapping[str, float]) -> str:
+def in_figures(figures: Mapping[str, float], most: int = _MAX_FIGURES) -> str:
     """Returns the figures that say most, those that people know first."""
     known = [name for name in _FIGURES if name in figures]
     others = [name for name in figures if name not in _FIGURES]
     return " · ".join(
-        f"{name.replace('_', ' ')} {figures[name]:.4g}" for name in [*known, *others][:_MAX_FIGURES]
+        f"{name.replace('_', ' ')} {figures[name]:.3g}" for name in [*known, *others][:most]
     )
 
 
