@@ -35,7 +35,7 @@ SWEEPS: dict[str, tuple[str, tuple[float, ...], dict[str, Any]]] = {
     "minibatches": ("minibatches", (1, 2, 4, 8), {}),
 }
 # Of the gamma sweep: no KL penalty, twice as long.
-STRESS = {"kl.beta": 0.0, "iterations": 32, "stopping.evaluate_every": 4}
+STRESS = {"kl.beta": 0.0, "iterations": 56, "stopping.evaluate_every": 4}
 FIGURES = ("true_taste", "reward_mean", "kl_nats", "lm_loss_rise")
 READINGS = {
     "reward_single": "one head",

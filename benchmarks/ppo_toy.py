@@ -44,14 +44,14 @@ VOCAB, EOS, START = 64, 63, 62
 LIKED = frozenset(range(12))
 MOST_LIKED, ANSWER_TOKENS, TEXT_TOKENS = 3, 8, 12
 _OPTIONS = BackboneOptions("float32", 4, 8.0, 1.0, 1 << 26)
-_COMPARISONS, _FLIPPED = 640, 1 / 7
+_COMPARISONS, _FLIPPED = 1600, 1 / 7
 _SPLITS: tuple[Split, ...] = ("train",) * 8 + ("validation", "calibration")
 _BASE: dict[str, Any] = {
-    "iterations": 16,
+    "iterations": 28,
     "batch_episodes": 32,
     "minibatches": 2,
     "max_answer_tokens": ANSWER_TOKENS,
-    "policy_learning_rate": 5e-3,
+    "policy_learning_rate": 1e-2,
     "value_learning_rate": 1e-2,
     "warmup_iterations": 2,
     "overlap": False,
@@ -64,8 +64,8 @@ _BASE: dict[str, Any] = {
     "reward.missing_end_penalty": 0.0,
     "reward.length_penalty": 0.0,
     "reward.limit": 1e6,
-    "stopping.evaluate_every": 2,
-    "stopping.prompts": 48,
+    "stopping.evaluate_every": 4,
+    "stopping.prompts": 64,
     "stopping.patience": 1000,
     "stopping.min_ended_share": 0.0,
     "rollouts.part_prompts": 64,
@@ -229,7 +229,7 @@ def _write_model(directory: Path) -> None:
         bos_token_id=START,
         eos_token_id=EOS,
         tie_word_embeddings=True,
-        initializer_range=0.3,
+        initializer_range=0.1,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
 
@@ -274,9 +274,9 @@ def _train_reward(made: Toy, prompts: Sequence[Ids]) -> float:
                 ranks=(int(gain < 0), int(gain > 0)),
             )
         )
-    quick = {"learning_rate": 1e-2, "batch_size": 16, "min_steps": 0}
+    quick = {"learning_rate": 3e-3, "batch_size": 16, "min_steps": 0}
     changes: dict[str, Any] = {f"reward.optimiser.{key}": value for key, value in quick.items()}
-    changes |= {"reward.epochs": 6.0, "reward.patience": 8}
+    changes |= {"reward.epochs": 5.0, "reward.patience": 100}
     config = with_overrides(TrainerConfig(), changes)
     store = CheckpointStore(made.directory / "reward-checkpoints")
     groups = parts(examples)
