@@ -11,7 +11,7 @@ The policies are compared by one evaluator on prompts that neither saw: answers 
 reward by the program, KL over the whole vocabulary. It refuses figures where serving and training
 disagree about the untrained model, or both sides about a reward.
 
-    python benchmarks/ppo.py --peer-python PYTHON [--episodes 256] [--batch 32] [--answer 48]
+    python benchmarks/ppo.py --peer-python PYTHON [--episodes 192] [--batch 32] [--answer 48]
 
 The floor: sampled tokens at the rate at which the server decodes, and what a step must compute, at
 the rate of a plain matrix product. Nobody can be faster on these cores without computing less.
@@ -120,11 +120,11 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--peer-python", type=Path, help="Python with trl==1.12.0; none: no peer")
-    parser.add_argument("--episodes", type=int, default=256)
+    parser.add_argument("--episodes", type=int, default=192)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--minibatches", type=int, default=4)
     parser.add_argument("--answer", type=int, default=48, help="most tokens of an answer")
-    parser.add_argument("--held-out", type=int, default=48, help="prompts of the evaluation")
+    parser.add_argument("--held-out", type=int, default=32, help="prompts of the evaluation")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of both policies")
     parser.add_argument("--beta", type=float, default=0.05)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
