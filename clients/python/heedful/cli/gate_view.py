@@ -95,7 +95,8 @@ def summary(card: ModelCard, report: Json) -> str:
         case "fail":
             text = f"{version} failed the gate: {', '.join(failed) or 'see below'}."
         case "inconclusive":
-            text = f"The gate could not tell about {version}: {', '.join(open_) or 'too little to go by'}."
+            what = ", ".join(open_) or "too little to go by"
+            text = f"The gate could not tell about {version}: {what}."
         case _:
             text = f"The gate on {version}: {verdict or 'not asked'}."
     if report.get("text"):
