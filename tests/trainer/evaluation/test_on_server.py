@@ -38,6 +38,8 @@ def sections(tmp_path: Path) -> dict[str, dict[str, Any]]:
 def _votes(served: Any) -> None:
     """Two blind votes of people and one of a program, grades and flags."""
     with heedful.Client(served.target, timeout_s=60) as client:
+        # A new version is loaded in the background.
+        client.load_adapter("v1")
         asked = {"models": ["v1", "base"], "purpose": "gate", "max_tokens": 6}
         for number, tags in enumerate(((), (), ("simulated",))):
             shown = client.compare(f"{'abc'[number]} question", 2, **asked)  # type: ignore[arg-type]
