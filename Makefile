@@ -18,7 +18,7 @@ ARGS ?=
 GPU_PYTHON ?= python3
 WHEELS ?= wheels
 
-.PHONY: help serve test chaos check format proto native model bench gpu gpu-wheels clean install-serve install-dev
+.PHONY: help serve test chaos check format proto native model bench wheel gpu gpu-wheels clean install-serve install-dev
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -80,6 +80,9 @@ bench: $(VENV)/.dev native  ## Benchmark serving on this machine, beside the pee
 
 gpu:  ## Test and measure the GPU's kernels on this machine, without network. ARGS="--only decode".
 	@$(GPU_PYTHON) -P benchmarks/gpu.py --wheels $(WHEELS) $(ARGS)
+
+wheel: $(VENV)/.serve native  ## Build a wheel in dist/ that holds the native kernels for this platform.
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 gpu-wheels: $(VENV)/.serve  ## Get the wheels that `make gpu` may lack elsewhere (Python 3.12, x86-64).
 	$(PIP) download -d $(WHEELS) --no-deps --only-binary=:all: --python-version 312 \
