@@ -4,7 +4,7 @@ Users arrive at random at half of what the server can do, and stream answers; fi
 while a trainer on the same cores works on a refresh and champions are swapped. Counted are requests
 that failed and the time between tokens, as the client sees it.
 
-Usage: python benchmarks/loop_under_load.py [--comparisons 120] [--swaps 100] [--quiet-s 60]
+Usage: python benchmarks/loop_under_load.py [--comparisons 40] [--swaps 100] [--quiet-s 60]
 Takes a quarter of an hour on two cores.
 """
 
@@ -81,7 +81,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--comparisons", type=int, default=120)
+    parser.add_argument("--comparisons", type=int, default=40)
     parser.add_argument("--swaps", type=int, default=100)
     parser.add_argument("--swap-every-s", type=float, default=2.0)
     parser.add_argument("--quiet-s", type=float, default=60.0)
