@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(__file__).resolve().parents[1] / "chaos" / "feedback_chaos.py"
-NUM_KILLS = 12
+NUM_KILLS = 20
 
 
 @pytest.mark.timeout(240)

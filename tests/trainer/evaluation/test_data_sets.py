@@ -173,9 +173,10 @@ def test_the_users_own_prompts(tmp_path: Path) -> None:
     assert read_prompts(plain) == ["One", "Two"]
     turns = [{"role": "user", "content": "Three"}]
     objects.write_text(f'{{"prompt": "Two"}}\n{json.dumps({"messages": turns})}\n')
-    assert read_prompts(objects) == ["Two", [heedful.Message("user", "Three")]]
+    asked = [(heedful.Message("user", text),) for text in ("Two", "Three")]
+    assert read_prompts(objects) == asked
     objects.write_text('{"messages": [{"role": "user"}]}')
-    with pytest.raises(DataUnusable, match=r"own.jsonl, line 1, field 'messages'"):
+    with pytest.raises(DataUnusable, match=r"own.jsonl: line 1: messages: "):
         read_prompts(objects)
     plain.write_text("\n")
     with pytest.raises(DataUnusable, match="holds no prompt"):
