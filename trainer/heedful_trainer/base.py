@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import heedful
+import torch
 from heedful_store import Scope, Store
 
 from heedful_trainer.config import TrainerConfig
@@ -37,6 +38,7 @@ class Base:
     directory: Path  # loadable by transformers
     name: str  # for people
     identity: BaseIdentity
+    dtype: str  # of the frozen weights; float32, bfloat16 or float64
 
 
 def find_base(
@@ -52,14 +54,18 @@ def find_base(
     if note.is_file():
         return _from_note(json.loads(note.read_text()))
     settings = config.base
+    dtype = _fast_float() if settings.dtype == "auto" else settings.dtype
     if settings.directory:
         identity = BaseIdentity(settings.base_id, settings.template_hash)
         directory = Path(settings.directory).expanduser()
         base = Base(
-            directory, directory.name, identity if identity.base_id else _logged(store, scope)
+            directory,
+            directory.name,
+            identity if identity.base_id else _logged(store, scope),
+            dtype,
         )
     else:
-        base = _served(config, place, connect)
+        base = _served(config, place, connect, dtype)
     if not (base.directory / "config.json").is_file():
         raise ModelUnusable(f"{base.directory}: holds no model")
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -80,7 +86,14 @@ def dequantize_command(model: str, quantize: str, out: Path, dtype: str, home: P
     return [*command, "--out", str(out), "--dtype", written, "--home", str(home)]
 
 
-def _served(config: TrainerConfig, place: Place, connect: Connect) -> Base:
+def _fast_float() -> str:
+    """Return the type that this processor trains in: without its instructions bf16 is emulated."""
+    capabilities = torch.cpu.get_capabilities()
+    has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bfloat16" if has_bf16 else "float32"
+
+
+def _served(config: TrainerConfig, place: Place, connect: Connect, dtype: str) -> Base:
     try:
         with connect() as client:
             base = client.list_models().base
@@ -93,14 +106,14 @@ def _served(config: TrainerConfig, place: Place, connect: Connect) -> Base:
             f"the server at {config.target} does not show its model's directory: the key needs the "
             "scope train; or set trainer.base.directory"
         )
-    name = f"{base.base_id}|{base.template_hash}|{base.quantization}|{config.base.dtype}"
+    name = f"{base.base_id}|{base.template_hash}|{base.quantization}|{dtype}"
     out = place.home / "bases" / hashlib.sha256(name.encode()).hexdigest()[:16]
-    command = dequantize_command(base.path, base.quantize, out, config.base.dtype, place.home)
+    command = dequantize_command(base.path, base.quantize, out, dtype, place.home)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         why = " ".join(done.stderr.strip().splitlines()[-_LAST_LINES:])
         raise ModelUnusable(f"{base.name} cannot be dequantized: {why}")
-    return Base(out, base.name, BaseIdentity(base.base_id, base.template_hash))
+    return Base(out, base.name, BaseIdentity(base.base_id, base.template_hash), dtype)
 
 
 def _logged(store: Store, scope: Scope) -> BaseIdentity:
@@ -117,4 +130,5 @@ def _logged(store: Store, scope: Scope) -> BaseIdentity:
 def _from_note(note: dict[str, object]) -> Base:
     identity = note["identity"]
     assert isinstance(identity, dict)
-    return Base(Path(str(note["directory"])), str(note["name"]), BaseIdentity(**identity))
+    directory, name, dtype = (str(note[key]) for key in ("directory", "name", "dtype"))
+    return Base(Path(directory), name, BaseIdentity(**identity), dtype)

@@ -41,8 +41,10 @@ class BaseSettings(_Group):
     template_hash: str = Field(
         default="", description="Identity of its chat template; empty: as for base_id."
     )
-    dtype: Literal["bfloat16", "float32", "float64"] = Field(
-        default="bfloat16", description="Type of the frozen weights."
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = Field(
+        default="auto",
+        description="Type of the frozen weights; auto: bfloat16 where the processor computes in "
+        "it, else float32.",
     )
 
 

@@ -65,7 +65,7 @@ class RunContext:
         """The same, loaded and adapted; reward model and policy take turns in it."""
         lora = self.config.lora
         options = BackboneOptions(
-            self.config.base.dtype,
+            self.base.dtype,
             lora.rank,
             lora.alpha,
             lora.trained_share,
