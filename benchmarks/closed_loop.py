@@ -7,7 +7,7 @@ candidate against the base on prompts that nobody voted on. Beside the win rate 
 the true taste. A coin-flipper must promote nothing.
 
 Usage: python benchmarks/closed_loop.py [--tastes brief,numbers,lists,polite,topic,coin]
-           [--methods dpo] [--seeds 3] [--comparisons 400] [--prompts 320]
+           [--methods dpo] [--seeds 3] [--comparisons 400] [--answers 2] [--prompts 320]
 Takes about half an hour for each combination on two cores. Method kto votes with thumbs.
 """
 
@@ -83,6 +83,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--methods", default="dpo", help="of auto, dpo, kto, ppo_ptx")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--comparisons", type=int, default=400)
+    parser.add_argument("--answers", type=int, default=2, help="of one comparison, 2 to 9")
     parser.add_argument("--prompts", type=int, default=320, help="unseen ones, at most 320")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE")
@@ -135,7 +136,7 @@ async def _run(server: LoopServer, case: Case, args: argparse.Namespace) -> dict
 async def _vote(client: heedful.AsyncClient, case: Case, args: argparse.Namespace) -> int:
     say(f"{case.project}: {args.comparisons} votes of a simulated rater")
     prompts = draw_prompts("votes", args.comparisons, case.seed)
-    asking = Asking(max_tokens=args.max_tokens, thumbs=case.method == "kto")
+    asking = Asking(args.answers, max_tokens=args.max_tokens, thumbs=case.method == "kto")
     votes = await simulate_votes(
         client, prompts, [SimulatedRater(case.taste, 0, case.seed)], asking
     )
@@ -239,6 +240,7 @@ def _finish(
     result = {
         "shape": {
             "comparisons": args.comparisons,
+            "answers": args.answers,
             "prompts": args.prompts,
             "max_tokens": args.max_tokens,
             "temperature": 1.0,
