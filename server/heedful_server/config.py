@@ -147,6 +147,7 @@ class ServerConfig(SettingGroup):
             max_model_len=engine.max_model_len,
             max_sequences=engine.max_sequences,
             max_batch_tokens=engine.max_batch_tokens,
+            max_background_tokens=engine.max_background_tokens,
             prefix_cache=engine.prefix_cache,
             native_kernels=engine.native_kernels,
             deterministic=engine.deterministic,

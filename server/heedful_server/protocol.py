@@ -59,6 +59,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     max_model_len: int = 0
     max_sequences: int = 64
     max_batch_tokens: int = 512
+    max_background_tokens: int = 0
     prefix_cache: bool = True
     native_kernels: bool = True
     deterministic: bool = False

@@ -79,6 +79,12 @@ class EngineSettings(SettingGroup):
     max_batch_tokens: PositiveInt = Field(
         default=512, description="Most tokens computed in one step."
     )
+    max_background_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Most tokens of background requests, such as the trainer's, in a step that "
+        "also computes interactive ones; 0 takes 4 on a CPU and 64 on a GPU.",
+    )
     block_size: PositiveInt = Field(default=16, description="Tokens in one KV block.")
     prefix_cache: bool = Field(
         default=True, description="Whether prompts that begin alike share KV blocks."

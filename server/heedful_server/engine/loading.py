@@ -29,6 +29,8 @@ _DEFAULT_MEMORY_SHARE = 0.3
 _DEFAULT_DEVICE_SHARE = 0.7
 _DEFAULT_KV_CACHE_MAX_BYTES = 4 << 30
 _WARM_UP_ID = "warm-up"
+# A row costs a CPU about a millisecond; a GPU's steps take the time of its memory up to about 64.
+_BACKGROUND_TOKENS = {"cpu": 4, "cuda": 64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ def load_engine(config: EngineConfig, progress: Progress) -> LoadedEngine:
             block_size=config.block_size,
             max_sequences=config.max_sequences,
             max_batch_tokens=config.max_batch_tokens,
+            max_background_tokens=config.max_background_tokens
+            or _BACKGROUND_TOKENS[decoder.device.type],
             max_model_len=max_model_len,
             prefix_cache=config.prefix_cache,
         )

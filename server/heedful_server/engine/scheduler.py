@@ -10,6 +10,8 @@ Order. Sequences stand in order of priority, then arrival, then index. A step co
 1. one token of each interactive sequence that decodes,
 2. chunks of interactive prompts: of running sequences, then of waiting ones, in order,
 3. and 4. the same for background, which starts prompts only while no interactive sequence waits.
+Beside interactive tokens a step computes at most max_background_tokens of background, so that the
+trainer's questions lengthen nobody's wait for the next token by much; alone it gets whole steps.
 A waiting sequence starts when there are places for it and its siblings, and blocks for all its
 tokens and for one more of each sequence that it must not disturb, lest their next tokens throw it
 out again.
@@ -23,13 +25,14 @@ back.
 
 Bounds. At most max_batch_tokens - reserve sequences run at a time, where the reserve is an eighth
 of max_batch_tokens, or 1. Hence
-- a running sequence that decodes gets a token in every step, until it is preempted;
+- a running interactive sequence that decodes gets a token in every step, until it is preempted, and
+  so does a background one in a step without interactive tokens;
 - the first unfinished sequence in order is in every step and is never preempted, whatever arrives
   later, and while it is interactive and has a prompt left, at least `reserve` tokens of the step
   are its own. So a sequence starts at the latest when those before it have had, one after another,
   a step for each `reserve` tokens that they compute (again) and one for each that they sample;
 - background has no bound of its own while interactive sequences wait or run: it gets what they
-  leave. Once they are gone, the bounds above are those of background.
+  leave, the first in order first. Once they are gone, the bounds above are those of background.
 """
 
 from collections import Counter
@@ -41,6 +44,7 @@ from heedful_server.engine.block_manager import BlockManager, extend_digests
 from heedful_server.engine.queues import SequenceQueues, count_samples
 from heedful_server.engine.sequence import PRIORITIES, EngineRequest, Sequence, SequenceStatus
 from heedful_server.errors import RequestError
+from heedful_server.protocol import PRIORITY_BACKGROUND
 
 
 class RequestTooLong(RequestError):  # noqa: N818 - named as its siblings in errors.py
@@ -66,8 +70,11 @@ class SchedulerConfig:
     max_batch_tokens: int
     max_model_len: int
     prefix_cache: bool = True
+    max_background_tokens: int | None = None  # of a step with interactive tokens; None: any
 
     def __post_init__(self) -> None:
+        if self.max_background_tokens is not None and self.max_background_tokens < 1:
+            raise ValueError(f"max_background_tokens must be at least 1: {self}")
         if self.max_sequences < 1 or self.max_model_len < 1:
             raise ValueError(f"max_sequences and max_model_len must be at least 1: {self}")
         # One for a decode and one for a prompt, so that neither can keep the other out.
@@ -122,6 +129,7 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.max_batch_tokens = config.max_batch_tokens
+        self._max_background_tokens = config.max_background_tokens or config.max_batch_tokens
         reserve = max(1, config.max_batch_tokens // 8)
         self.max_sequences = min(config.max_sequences, config.max_batch_tokens - reserve)
         self.capacity_tokens = min(config.max_model_len, config.num_blocks * config.block_size)
@@ -230,9 +238,10 @@ class Scheduler:
         self._drop_abandoned_plan()
         plan = self._uncommitted = StepPlan()
         for priority in PRIORITIES:
-            prefills = self._plan_decodes(priority, plan)
-            self._plan_prefills(prefills, plan)
-            self._start_waiting(priority, plan)
+            limit = self._token_limit(priority, plan)
+            prefills = self._plan_decodes(priority, plan, limit)
+            self._plan_prefills(prefills, plan, limit)
+            self._start_waiting(priority, plan, limit)
         return plan
 
     def commit(self, plan: StepPlan, sampled: Mapping[Sequence, int]) -> None:
@@ -307,45 +316,52 @@ class Scheduler:
             )
         self._uncommitted = None
 
-    def _token_limit(self, priority: int) -> int:
+    def _token_limit(self, priority: int, plan: StepPlan) -> int:
         """Tokens that a step may hold once a priority is planned; the rest is for later decodes."""
-        return self.max_batch_tokens - sum(map(len, self._queues.running[priority + 1 :]))
+        if priority != PRIORITY_BACKGROUND:
+            num_later = sum(map(len, self._queues.running[priority + 1 :]))
+            return self.max_batch_tokens - min(num_later, self._max_background_tokens)
+        if plan.num_tokens == 0:
+            return self.max_batch_tokens
+        return min(self.max_batch_tokens, plan.num_tokens + self._max_background_tokens)
 
-    def _plan_decodes(self, priority: int, plan: StepPlan) -> list[Sequence]:
-        """Plan all sequences with one token left to compute; return those that have more."""
+    def _plan_decodes(self, priority: int, plan: StepPlan, limit: int) -> list[Sequence]:
+        """Plan the sequences with one token left to compute; return those that have more."""
         running, prefills = SequenceStatus.RUNNING, []
         # A copy, because preemption and forks change the queue.
         for sequence in self._queues.running[priority].copy():
             num_left = len(sequence.token_ids) - sequence.num_computed
             if num_left > 1:
                 prefills.append(sequence)
-            elif num_left == 1 and sequence.status is running and self._own_slot(sequence, plan):
+                continue
+            has_room = plan.num_tokens < limit and sequence.status is running
+            if num_left == 1 and has_room and self._own_slot(sequence, plan):
                 self._add_chunk(sequence, 1, plan)
         return prefills
 
-    def _plan_prefills(self, prefills: list[Sequence], plan: StepPlan) -> None:
+    def _plan_prefills(self, prefills: list[Sequence], plan: StepPlan, limit: int) -> None:
         for sequence in prefills:
             # A later decode may have preempted it.
             if sequence.status is not SequenceStatus.RUNNING:
                 continue
-            budget = self._token_limit(sequence.priority) - plan.num_tokens
+            budget = limit - plan.num_tokens
             if budget <= 0:
                 return
             num_left = len(sequence.token_ids) - sequence.num_computed
             self._add_chunk(sequence, min(num_left, budget), plan)
 
-    def _start_waiting(self, priority: int, plan: StepPlan) -> None:
+    def _start_waiting(self, priority: int, plan: StepPlan, limit: int) -> None:
         """Start waiting sequences in order, up to the first that finds no room."""
         if any(self._queues.waiting[:priority]):
             return
         queue = self._queues.waiting[priority]
-        while queue and plan.num_tokens < self._token_limit(priority):
+        while queue and plan.num_tokens < limit:
             sequence = queue[0]
             if not self._take_blocks(sequence):
                 return
             queue.popleft()
             self._queues.run(sequence)
-            self._plan_prefills([sequence], plan)
+            self._plan_prefills([sequence], plan, limit)
 
     def _add_chunk(self, sequence: Sequence, num_tokens: int, plan: StepPlan) -> None:
         start = sequence.num_computed

@@ -132,11 +132,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_sequences=st.integers(1, 5),
         max_batch_tokens=st.integers(2, 12),
         prefix_cache=st.booleans(),
+        max_background_tokens=st.none() | st.integers(1, 4),
     )
     def start(self, **sizes: int) -> None:
         self.world = World(SchedulerConfig(max_model_len=20, **sizes))
         self.scheduler = self.world.scheduler
         self.max_batch_tokens = sizes["max_batch_tokens"]
+        self.max_background_tokens = sizes["max_background_tokens"] or self.max_batch_tokens
         self.first: tuple[Sequence | None, int] = (None, 0)
 
     @rule(requests=st.lists(requests(), min_size=1, max_size=3))
@@ -204,6 +206,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_limits(self, plan: StepPlan, after: dict[Sequence, SequenceStatus]) -> None:
         assert sum(chunk.num_tokens for chunk in plan.chunks) == plan.num_tokens
         assert plan.num_tokens <= self.max_batch_tokens
+        assert self.is_alone(plan) or self.num_background(plan) <= self.max_background_tokens
         assert all(chunk.num_tokens > 0 for chunk in plan.chunks)
         assert len({chunk.sequence for chunk in plan.chunks}) == len(plan.chunks)
         assert len({sample.sequence for sample in plan.samples}) == len(plan.samples)
@@ -211,6 +214,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         sources = {source for source, _ in plan.copies}
         destinations = [destination for _, destination in plan.copies]
         assert len(destinations) == len({*destinations} - sources)
+
+    def num_background(self, plan: StepPlan) -> int:
+        """Background tokens of a step."""
+        return sum(c.num_tokens for c in plan.chunks if c.sequence.priority == PRIORITY_BACKGROUND)
+
+    def is_alone(self, plan: StepPlan) -> bool:
+        """Whether a step holds nothing but background."""
+        return self.num_background(plan) == plan.num_tokens
 
     def check_order(self, before, after, queued: set[Sequence]) -> None:
         preempted = [s for s in before if before[s] is RUNNING and after[s] is WAITING]
@@ -225,7 +236,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert plan.chunks == []
             return
         computed = {chunk.sequence for chunk in plan.chunks}
-        assert all(s in computed for s in decoding if before[s] is after[s] is RUNNING)
+        still_running = [s for s in decoding if before[s] is after[s] is RUNNING]
+        if not self.is_alone(plan) and self.num_background(plan) == self.max_background_tokens:
+            still_running = [s for s in still_running if s.priority == PRIORITY_INTERACTIVE]
+        assert all(s in computed for s in still_running)
         first = min(before, key=rank)
         assert first in computed
         if first is self.first[0] and first in self.world.live:
