@@ -19,7 +19,7 @@ from heedful_trainer import advantages, ppo_losses
 from heedful_trainer.backbone import Batch
 from heedful_trainer.packing import Row
 from heedful_trainer.ppo.networks import Networks
-from heedful_trainer.ppo.settings import PpoSettings, RewardShaping
+from heedful_trainer.ppo.settings import PpoSettings, Reading, RewardShaping
 from heedful_trainer.rollouts.records import Rollout, rows_of
 
 Item = tuple[Row, tuple[Rollout, ...]]
@@ -57,7 +57,7 @@ class Experience:
 
 @dataclass(frozen=True, slots=True)
 class RewardScale:
-    """The reward is ``gain · mean over heads + shift``, less the guards."""
+    """The reward is ``gain · reading of the heads + shift``, less the guards."""
 
     gain: float = 1.0
     shift: float = 0.0
@@ -112,17 +112,25 @@ def judge(networks: Networks, items: Sequence[Item]) -> Judged:
     )
 
 
+def read(rewards_AE: Tensor, reading: Reading) -> Tensor:
+    """Return the reward of each answer, shape [A], as one reading of the ensemble."""
+    if reading == "single":
+        return rewards_AE[:, 0]
+    # Coste et al. 2023 (https://arxiv.org/abs/2310.02743) call the least "worst-case".
+    return rewards_AE.amin(1) if reading == "least" else rewards_AE.mean(1)
+
+
 def fit_scale(judged: Sequence[Judged], shaping: RewardShaping) -> RewardScale:
-    """Return the scale for answers of the reference, with what is usual for them."""
+    """Return the scale of the reading for answers of the reference, with what is usual for them."""
     length_A = torch.cat([part.batch.packed.length_A for part in judged]).double()
     ended_A = torch.cat([part.ended_A for part in judged]).double()
     usual = float(length_A.mean()), float(ended_A.mean())
     if shaping.scale == "model":
         return RewardScale(1.0, 0.0, *usual)
-    mean_A = torch.cat([part.rewards_AE for part in judged]).double().mean(1)
-    deviation = float(mean_A.std(correction=0)) if len(mean_A) > 1 else 1.0
+    model_A = read(torch.cat([part.rewards_AE for part in judged]).double(), shaping.reading)
+    deviation = float(model_A.std(correction=0)) if len(model_A) > 1 else 1.0
     gain = 1 / deviation if deviation > 1e-6 else 1.0
-    return RewardScale(gain, -gain * float(mean_A.mean()), *usual)
+    return RewardScale(gain, -gain * float(model_A.mean()), *usual)
 
 
 def shaped(
@@ -146,7 +154,7 @@ def experience_of(
     """Return the whole batch as experience, and its figures."""
     length_A = torch.cat([part.batch.packed.length_A for part in judged])
     ended_A = torch.cat([part.ended_A for part in judged])
-    model_A = torch.cat([part.rewards_AE for part in judged]).mean(1)
+    model_A = read(torch.cat([part.rewards_AE for part in judged]), settings.reward.reading)
     reward_A = shaped(model_A, ended_A, length_A, scale, settings.reward)
     old_N = torch.cat([part.old_N for part in judged])
     reference_N = torch.cat([part.reference_N for part in judged])

@@ -1,9 +1,9 @@
 """A look at validation prompts: the reward by every reading of the ensemble, and the KL.
 
 Owns the figures by which a snapshot is chosen and the over-optimisation report is drawn: reward of
-one head alone, of the mean that is trained against, and of the least head (Coste et al. 2023,
-https://arxiv.org/abs/2310.02743, "worst-case"), beside √KL (Gao et al. 2022,
-https://arxiv.org/abs/2210.10760). One thread.
+one head alone, of the mean and of the least head (Coste et al. 2023,
+https://arxiv.org/abs/2310.02743, "worst-case"), all on the scale of the one that is trained
+against, beside √KL (Gao et al. 2022, https://arxiv.org/abs/2210.10760). One thread.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import torch
 
-from heedful_trainer.ppo.experience import RewardScale, cut, shaped
+from heedful_trainer.ppo.experience import RewardScale, cut, read, shaped
 from heedful_trainer.ppo.networks import Networks
-from heedful_trainer.ppo.settings import PpoSettings
+from heedful_trainer.ppo.settings import PpoSettings, Reading
 from heedful_trainer.rollouts.records import Rollout, rows_of
 
 
@@ -33,13 +33,14 @@ def look_at(
     rewards_AE, kl_A = torch.cat(rewards), torch.cat(kl)
     length_A, ended_A = torch.cat(lengths), torch.tensor(ended)
 
-    def mean(rewards_A: torch.Tensor) -> float:
+    def mean(reading: Reading) -> float:
+        rewards_A = read(rewards_AE, reading)
         return float(shaped(rewards_A, ended_A, length_A, scale, settings.reward).mean())
 
     return {
-        "reward_mean": mean(rewards_AE.mean(1)),
-        "reward_min": mean(rewards_AE.amin(1)),
-        "reward_single": mean(rewards_AE[:, 0]),
+        "reward_mean": mean("mean"),
+        "reward_min": mean("least"),
+        "reward_single": mean("single"),
         "disagreement": float(rewards_AE.std(1, correction=0).mean()) * scale.gain,
         "kl_nats": float(kl_A.mean()),
         "sqrt_kl": math.sqrt(max(0.0, float(kl_A.mean()))),

@@ -95,6 +95,7 @@ class _Ppo:
         settings = self._settings = setup.settings
         learning = settings.iterations - settings.value_only_iterations
         decay = settings.ema.decay or decay_for(settings.ema.half_life_share, max(1, learning))
+        setup.networks.start_values(settings.reward.reading)
         self._updater = Updater(setup.networks, settings)
         self._average = Ema(decay)
         self._saved_at = time.monotonic()

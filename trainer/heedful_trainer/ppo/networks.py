@@ -4,7 +4,7 @@ Owns which adapter the backbone wears for which of the four, and the value head.
 the adapted layers on top; what lies below is computed once for a batch and serves all (the batch
 carries it). The reference is the base, without an adapter, or the adapter that training starts
 from. The value function starts as a copy of the reward model, its head as the mean of the reward's
-heads. One thread.
+heads, or as the one head that is the reward alone. One thread.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from heedful_trainer.backbone import Backbone, Batch
+from heedful_trainer.ppo.settings import Reading
 from heedful_trainer.reward.model import Heads, RewardModel
 from heedful_trainer.token_logprob import token_kl, token_logprobs
 
@@ -65,6 +66,15 @@ class Networks:
             self._start = _frozen(start)
         self.policy: Parameters = trained
         self._worn: Parameters = trained
+
+    def start_values(self, reading: Reading) -> None:
+        """Make the value function predict this reading of the heads; before anything is folded."""
+        # The least is another head for each answer, so that no one head predicts it. Their mean is
+        # the honest start: too high by the gap between mean and least, which is then learned.
+        if reading == "single":
+            with torch.no_grad():
+                self._value_weight_H.copy_(self._heads.weight[0])
+                self._value_bias.copy_(self._heads.bias[0])
 
     def fold(self, gain: float, shift: float) -> None:
         """Make the value function predict ``gain · r + shift``; before it has learned anything."""

@@ -1,8 +1,8 @@
 """What a PPO run shows people: how it went, and whether it optimised its reward too far.
 
 Owns the over-optimisation report (Gao et al. 2022, https://arxiv.org/abs/2210.10760): reward on
-held-out prompts against √KL, by one head alone, by the mean that was trained against and by the
-least head, and where given by something that training never saw. Pure.
+held-out prompts against √KL, by one head alone, by the mean and by the least head, whichever was
+trained against, and where given by something that training never saw. Pure.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Looks = Sequence[Mapping[str, float]]
 
 _READINGS = {
     "reward_single": "one head",
-    "reward_mean": "mean (trained against)",
+    "reward_mean": "mean of heads",
     "reward_min": "least head",
     "true_taste": "true taste",
 }
@@ -47,7 +47,7 @@ def ppo_evidence(result: PpoResult) -> dict[str, Any]:
 def overoptimisation(looks: Looks) -> dict[str, Any]:
     """Return for each reading of the reward its peak and what was lost after it.
 
-    A reading that fell from its peak while the mean still rose was over-optimised against.
+    A reading that fell from its peak while the one trained against still rose was over-optimised.
     """
     found: dict[str, Any] = {}
     for key, name in _READINGS.items():

@@ -15,6 +15,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Reading = Literal["mean", "least", "single"]
 
 
 class _Group(BaseModel):
@@ -73,6 +74,11 @@ class StartSettings(_Group):
 class RewardShaping(_Group):
     """From the reward model's answer to the reward."""
 
+    reading: Reading = Field(
+        default="mean",
+        description='What of the heads is the reward: their mean, the "least" (worst-case '
+        'optimisation), or the first one alone ("single").',
+    )
     scale: Literal["unit", "model"] = Field(
         default="unit",
         description='"unit": mean 0 and deviation 1 over the reference\'s answers; "model": as '
