@@ -13,7 +13,7 @@ import pytest
 import torch
 from heedful_store import Failpoints
 from heedful_trainer.errors import RunStopped, StageFailed, TrainingFailed
-from heedful_trainer.methods.hooks import NoHooks, Wanted
+from heedful_trainer.methods.hooks import NoHooks
 from heedful_trainer.packing import Row
 from heedful_trainer.ppo.experience import RewardScale, judge
 from heedful_trainer.ppo.loop import train_ppo
@@ -167,20 +167,13 @@ def test_a_server_that_stays_away_ends_the_run_with_what_is_good(
 
 
 def test_a_stopped_run_goes_on_where_it_was(tiny_model_dir: Path, tmp_path: Path) -> None:
-    class StopAfter(NoHooks):
-        calls = 0
-
-        def wanted(self) -> Wanted:
-            self.calls += 1
-            return "stop" if self.calls == 2 else "go"
-
     config = tiny.settings()
     _, whole, _ = tiny.run(tiny_model_dir, tmp_path / "whole", config)
     with (
         tiny.tiny_run(tiny_model_dir, tmp_path / "cut", config, checkpoint_s=1e9) as setup,
-        pytest.raises(RunStopped, match="iteration"),
+        pytest.raises(RunStopped, match="after iteration 3"),
     ):
-        train_ppo(setup, StopAfter(), Failpoints())
+        train_ppo(setup, tiny.StopAfter(3), Failpoints())
     _, weights, _ = tiny.run(tiny_model_dir, tmp_path / "cut", config)
     assert weights == whole
 

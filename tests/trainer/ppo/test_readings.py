@@ -11,7 +11,6 @@ import pytest
 import torch
 from heedful_store import Failpoints
 from heedful_trainer.errors import RunStopped
-from heedful_trainer.methods.hooks import NoHooks, Wanted
 from heedful_trainer.packing import Row
 from heedful_trainer.ppo.experience import RewardScale, experience_of, fit_scale, judge, read
 from heedful_trainer.ppo.look import look_at
@@ -172,20 +171,13 @@ def test_a_look_shows_every_reading_whichever_is_trained_against(
 def test_a_stopped_run_of_any_reading_ends_in_the_same_bits(
     tiny_model_dir: Path, tmp_path: Path, reading: str
 ) -> None:
-    class StopAfter(NoHooks):
-        calls = 0
-
-        def wanted(self) -> Wanted:
-            self.calls += 1
-            return "stop" if self.calls == 2 else "go"
-
     config = plain(reading)
     _, whole, _ = tiny.run(tiny_model_dir, tmp_path / "whole", config)
     with (
         tiny.tiny_run(tiny_model_dir, tmp_path / "cut", config, checkpoint_s=1e9) as setup,
-        pytest.raises(RunStopped),
+        pytest.raises(RunStopped, match="after iteration 3"),
     ):
-        train_ppo(setup, StopAfter(), Failpoints())
+        train_ppo(setup, tiny.StopAfter(3), Failpoints())
     _, weights, _ = tiny.run(tiny_model_dir, tmp_path / "cut", config)
     assert weights == whole
     _, other, _ = tiny.run(tiny_model_dir, tmp_path / "mean", plain("mean"))

@@ -8,7 +8,7 @@ exit status, and the training itself prints the hash of what it ended in.
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from heedful_store import Failpoints
 from heedful_trainer.backbone import Backbone, BackboneOptions, load_backbone
 from heedful_trainer.checkpoint import CheckpointStore, hash_of
-from heedful_trainer.methods.hooks import NoHooks
+from heedful_trainer.methods.hooks import NoHooks, Wanted
 from heedful_trainer.ppo.loop import PpoResult, Setup, train_ppo
 from heedful_trainer.ppo.networks import Networks
 from heedful_trainer.ppo.plans import Planner
@@ -69,6 +69,23 @@ def reward_model(backbone: Backbone) -> RewardModel:
     heads = Heads(3, backbone.hidden_size)
     heads.reset(13)
     return RewardModel(backbone, heads)
+
+
+class StopAfter(NoHooks):
+    """Asks for the end once an iteration is done.
+
+    How often a loop asks depends on how long rollouts take, so that is not counted. Choose an
+    iteration without a look: a stop may otherwise come while that is drawn.
+    """
+
+    def __init__(self, iteration: int) -> None:
+        self._iteration, self._wanted = iteration, False
+
+    def report(self, fraction: float, figures: Mapping[str, float], step: int) -> None:
+        self._wanted = step == self._iteration
+
+    def wanted(self) -> Wanted:
+        return "stop" if self._wanted else "go"
 
 
 class Folder:
