@@ -26,8 +26,8 @@ from heedful_trainer.errors import ModelUnusable
 from heedful_trainer.lora import Adapter, LoraShape
 from heedful_trainer.packing import Packed, Row, pack
 
-# Up to this width the plain attention is faster on a CPU, whose fused backward pass is slow;
-# beyond, its T × T tables would fill the memory.
+# Up to this width the plain attention is faster on a CPU where gradients follow, since the fused
+# backward pass is slow there; beyond, its T × T tables would fill the memory.
 _PLAIN_ATTENTION_TOKENS = 640
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -103,7 +103,8 @@ class Backbone:
         """
         self.adapter.enable(with_adapter)
         with self._lower_skipped(), self._entering(batch.trunk_BTH):
-            return self._forward(batch.packed).flatten(0, 1)
+            plain = batch.packed.input_ids_BT.shape[1] <= _PLAIN_ATTENTION_TOKENS
+            return self._forward(batch.packed, plain=plain).flatten(0, 1)
 
     def free_trunks(self) -> None:
         """Give the memory of the kept trunks back."""
@@ -127,15 +128,15 @@ class Backbone:
         handle = self._blocks[self._first].register_forward_pre_hook(leave)
         try:
             with torch.no_grad():
-                self._forward(packed)
+                # Policy and reference share the trunk, so its own rounding cancels between them.
+                self._forward(packed, plain=False)
         except _Reached as reached:
             return reached.hidden_BTH[0]
         finally:
             handle.remove()
         raise AssertionError("the first adapted layer was not reached")
 
-    def _forward(self, packed: Packed) -> Tensor:
-        plain = packed.input_ids_BT.shape[1] <= _PLAIN_ATTENTION_TOKENS
+    def _forward(self, packed: Packed, *, plain: bool) -> Tensor:
         self._model.set_attn_implementation("eager" if plain else "sdpa")
         minus_infinity = torch.finfo(self.head_VH.dtype).min
         mask = torch.zeros(packed.mask_B1TT.shape, dtype=self.head_VH.dtype)
