@@ -2,7 +2,7 @@
 
 Users arrive at random at half of what the server can do, and stream answers; first alone, then
 while a trainer on the same cores works on a refresh and champions are swapped. Counted are requests
-that failed and the time between tokens, as the client sees it.
+that failed and the time between tokens, as the client sees it, whole and by the refresh's stage.
 
 Usage: python benchmarks/loop_under_load.py [--comparisons 40] [--swaps 100] [--quiet-s 60]
 Takes a quarter of an hour on two cores.
@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from loop_support import DEFAULT_MODEL, LoopServer, loop_server, program, say, w
 _CAPACITY_CLIENTS = 8
 _CAPACITY_S = 15.0
 _POLL_S = 0.5
+_LEAST_GAPS = 200
 # Two versions to swap between; what they learned does not matter here.
 _QUICK = {"reward.enabled": "false", "gate.enabled": "false"}
 
@@ -43,6 +44,14 @@ class Seen:
     first_s: list[float] = field(default_factory=list)  # to the first token
     gaps_s: list[float] = field(default_factory=list)  # between tokens
     versions: Counter[str] = field(default_factory=Counter)
+    stage: str = ""  # of the refresh that runs now
+    gaps_of_stage_s: dict[str, list[float]] = field(default_factory=dict)
+
+    def add_gaps(self, times_s: Sequence[float]) -> None:
+        """Note the times between the tokens of one answer, under the stage in which it ended."""
+        gaps_s = [b - a for a, b in itertools.pairwise(times_s)]
+        self.gaps_s += gaps_s
+        self.gaps_of_stage_s.setdefault(self.stage, []).extend(gaps_s)
 
     def to_json(self) -> dict[str, Any]:
         """Return counts and percentiles, in milliseconds."""
@@ -52,13 +61,18 @@ class Seen:
             "versions": dict(self.versions),
             "first_token_ms": _percentiles(self.first_s),
             "between_tokens_ms": _percentiles(self.gaps_s),
+            "between_tokens_ms_by_stage": {
+                stage: _percentiles(gaps_s)
+                for stage, gaps_s in self.gaps_of_stage_s.items()
+                if stage and len(gaps_s) > _LEAST_GAPS
+            },
         }
 
 
 async def main() -> None:
     """Measure alone and under training, print both and write the dated result."""
     args = _arguments()
-    with loop_server(args.model) as server:
+    with loop_server(args.model, settings=tuple(args.set)) as server:
         async with heedful.AsyncClient(server.target, timeout_s=300) as client:
             await _vote(client, args.comparisons)
             for seed in range(2):
@@ -86,6 +100,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--swap-every-s", type=float, default=2.0)
     parser.add_argument("--quiet-s", type=float, default=60.0)
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--set", action="append", default=[], help="setting of the server")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     return parser.parse_args()
 
@@ -97,15 +113,25 @@ async def _vote(client: heedful.AsyncClient, count: int) -> None:
 
 
 async def _refresh(
-    client: heedful.AsyncClient, server: LoopServer, overrides: dict[str, str]
+    client: heedful.AsyncClient,
+    server: LoopServer,
+    overrides: dict[str, str],
+    seen: Seen | None = None,
 ) -> heedful.Refresh:
-    """Run one refresh to its end, in a session of its own as under `heedful up`."""
+    """Run one refresh to its end, in a session of its own as under `heedful up`.
+
+    Args:
+        seen: is told the stage.
+    """
     refresh = await client.start_refresh("dpo", overrides=overrides)
     command = [str(program("heedful-trainer")), "work", "--once", "--run", refresh.run_id]
     command += ["--home", str(server.home), "--target", server.target]
     with (server.home / f"trainer-{refresh.run_id}.log").open("w") as log:
         trainer = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        await asyncio.to_thread(trainer.wait)
+        while trainer.poll() is None:
+            await asyncio.sleep(_POLL_S)
+            if seen is not None:
+                seen.stage = (await client.get_refresh(refresh.run_id)).stage
     refresh = await client.get_refresh(refresh.run_id)
     say(f"refresh {refresh.run_id}: {refresh.status} {refresh.verdict} {refresh.error}")
     if refresh.status != "finished":
@@ -128,16 +154,20 @@ async def _capacity(client: heedful.AsyncClient, max_tokens: int) -> float:
 
 async def _for_seconds(client: heedful.AsyncClient, args: argparse.Namespace, rate: float) -> Seen:
     end_s = time.monotonic() + args.quiet_s
-    return await _load(client, args.max_tokens, rate, lambda: time.monotonic() >= end_s)
+    seen = Seen()
+    await _load(client, args.max_tokens, rate, lambda: time.monotonic() >= end_s, seen)
+    return seen
 
 
 async def _while_training(
     client: heedful.AsyncClient, server: LoopServer, args: argparse.Namespace, rate: float
 ) -> dict[str, Any]:
-    training = asyncio.create_task(_refresh(client, server, {}))
+    seen = Seen()
+    overrides = dict(item.split("=", 1) for item in args.override)
+    training = asyncio.create_task(_refresh(client, server, overrides, seen))
     swapping = asyncio.create_task(_swap(client, args))
     began_s = time.monotonic()
-    seen = await _load(client, args.max_tokens, rate, lambda: training.done() and swapping.done())
+    await _load(client, args.max_tokens, rate, lambda: training.done() and swapping.done(), seen)
     refresh = await training
     return {
         "training": seen.to_json(),
@@ -155,10 +185,14 @@ async def _swap(client: heedful.AsyncClient, args: argparse.Namespace) -> int:
 
 
 async def _load(
-    client: heedful.AsyncClient, max_tokens: int, rate: float, is_over: Callable[[], bool]
-) -> Seen:
+    client: heedful.AsyncClient,
+    max_tokens: int,
+    rate: float,
+    is_over: Callable[[], bool],
+    seen: Seen,
+) -> None:
     """Start requests at exponential intervals until it is over; wait for the last."""
-    seen, arrivals, running = Seen(), random.Random(0), set[asyncio.Task[None]]()
+    arrivals, running = random.Random(0), set[asyncio.Task[None]]()
     prompts = draw_prompts("evaluation", 320, 0)
     number = 0
     while not is_over():
@@ -168,7 +202,6 @@ async def _load(
         number += 1
         await asyncio.sleep(arrivals.expovariate(rate))
     await asyncio.gather(*running)
-    return seen
 
 
 async def _ask(client: heedful.AsyncClient, prompt: str, max_tokens: int, seen: Seen) -> None:
@@ -184,7 +217,7 @@ async def _ask(client: heedful.AsyncClient, prompt: str, max_tokens: int, seen: 
         return
     seen.answers += 1
     seen.first_s.append(times_s[0] - asked_s)
-    seen.gaps_s += [b - a for a, b in itertools.pairwise(times_s)]
+    seen.add_gaps(times_s)
 
 
 def _percentiles(values_s: list[float]) -> dict[str, float]:
