@@ -2,14 +2,15 @@
 
 The model is a Llama of two layers with random weights; prompts are two random tokens. The true
 taste of an answer is how many liked tokens it holds, of three. Raters compare answers of the
-untrained model and one in seven comparisons is flipped; from them a reward model of five heads is
-trained, as in a refresh. What PPO climbs is that reward model; what it was meant to climb
-is the taste, which training never sees. Language-model loss is judged on text of the untrained
-model that training did not read. It says how the algorithm behaves, and nothing about language.
+untrained model and some of their comparisons are flipped (one in seven, unless a sweep wants worse
+raters); from them a reward model of five heads is trained, as in a refresh. What PPO climbs is that
+reward model; what it was meant to climb is the taste, which training never sees. Language-model
+loss is judged on text of the untrained model that training did not read. It says how the algorithm
+behaves, and nothing about language.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,6 @@ VOCAB, EOS, START = 64, 63, 62
 LIKED = frozenset(range(12))
 MOST_LIKED, ANSWER_TOKENS, TEXT_TOKENS = 3, 8, 12
 _OPTIONS = BackboneOptions("float32", 4, 8.0, 1.0, 1 << 26)
-_COMPARISONS, _FLIPPED = 1600, 1 / 7
 _SPLITS: tuple[Split, ...] = ("train",) * 8 + ("validation", "calibration")
 _BASE: dict[str, Any] = {
     "iterations": 28,
@@ -75,6 +75,15 @@ _BASE: dict[str, Any] = {
 def taste(answer: Sequence[int]) -> float:
     """Return how many liked tokens an answer holds, of three, 0 to 1."""
     return min(MOST_LIKED, sum(token in LIKED for token in answer)) / MOST_LIKED
+
+
+@dataclass(frozen=True)
+class Raters:
+    """Who compared the answers: how often, how badly, and the seed of all that is by chance."""
+
+    comparisons: int = 1600
+    flipped: float = 1 / 7
+    seed: int = 0  # of the answers compared, of the flips and of the reward model's training
 
 
 @dataclass
@@ -121,7 +130,7 @@ class Watched:
 
 
 @contextmanager
-def toy() -> Any:
+def toy(raters: Raters) -> Iterator[Toy]:
     """Yield the toy, its reward model trained; its files go afterwards."""
     torch.set_num_threads(1)
     # Rollouts are flushed to the disk before use, which takes longer than a toy's training.
@@ -133,8 +142,8 @@ def toy() -> Any:
         trained = load_backbone(directory / "model", _OPTIONS)
         sampler = load_backbone(directory / "model", _OPTIONS)
         generator = torch.Generator().manual_seed(1)
-        prompts = torch.randint(0, START, (128 + _COMPARISONS, 2), generator=generator).tolist()
-        asked = [tuple(ids) for ids in prompts]
+        prompts = torch.randint(0, START, (128 + raters.comparisons, 2), generator=generator)
+        asked = [tuple(ids) for ids in prompts.tolist()]
         made = Toy(
             directory,
             trained,
@@ -145,7 +154,7 @@ def toy() -> Any:
             _draw(sampler, directory, "held-out", [(START,)] * 256, 1, TEXT_TOKENS, whole=True),
             0.0,
         )
-        made.reward_accuracy = _train_reward(made, asked[128:])
+        made.reward_accuracy = _train_reward(made, raters, asked[128:])
         yield made
 
 
@@ -201,12 +210,15 @@ def _figures(
     result: PpoResult, config: PpoSettings, looks: Sequence[dict[str, float]]
 ) -> dict[str, Any]:
     learned = result.history[config.value_only_iterations :]
+    chosen = {look["iteration"]: look["true_taste"] for look in looks}
     whole = result.ended == "iterations" and not result.skipped_steps
     return {
         "ended": result.ended,
         "stable": whole,
         "true_taste": looks[-1]["true_taste"],
         "true_taste_before": looks[0]["true_taste"],
+        "true_taste_of_chosen": chosen[float(result.best_iteration)],
+        "reward_single": looks[-1]["reward_single"],
         "reward_mean": looks[-1]["reward_mean"],
         "reward_min": looks[-1]["reward_min"],
         "kl_nats": looks[-1]["kl_nats"],
@@ -242,26 +254,43 @@ def _draw(
     samples: int,
     max_tokens: int,
     *,
+    seed: int = 0,
     whole: bool = False,
 ) -> Any:
     """Return what the untrained model wrote: whole texts, or rollouts."""
     source = LocalSource(sampler, directory, EOS)
     store = RolloutStore(directory / "drawn", Failpoints())
     with RolloutDrawer(source, store, len(prompts)) as drawer:
-        plan = Plan(name, "", tuple(prompts), samples, max_tokens, 0)
+        plan = Plan(name, "", tuple(prompts), samples, max_tokens, seed)
         found = drawer.take(plan, NoHooks())
     return [(*item.prompt, *item.answer) for item in found] if whole else found
 
 
-def _train_reward(made: Toy, prompts: Sequence[Ids]) -> float:
+def _train_reward(made: Toy, raters: Raters, prompts: Sequence[Ids]) -> float:
     """Train and save the reward model; return its accuracy by the true taste."""
-    rollouts = _draw(made.sampler, made.directory, "compared", prompts, 2, ANSWER_TOKENS)
-    generator = torch.Generator().manual_seed(2)
+    groups = parts(_compared(made, raters, prompts))
+    quick = {"learning_rate": 3e-3, "batch_size": 16, "min_steps": 0}
+    changes: dict[str, Any] = {f"reward.optimiser.{key}": value for key, value in quick.items()}
+    changes |= {"reward.epochs": 5.0, "reward.patience": 100, "run.seed": raters.seed}
+    config = with_overrides(TrainerConfig(), changes)
+    store = CheckpointStore(made.directory / "reward-checkpoints")
+    result = train_reward(made.trained, groups, config, store, NoHooks(), Failpoints())
+    (made.directory / "reward").mkdir()
+    result.model.save(made.directory / "reward", "toy")
+    return _accuracy(made, result.model)
+
+
+def _compared(made: Toy, raters: Raters, prompts: Sequence[Ids]) -> list[Example]:
+    """Return two answers to each prompt, ranked by the true taste, some of them the wrong way."""
+    rollouts = _draw(
+        made.sampler, made.directory, "compared", prompts, 2, ANSWER_TOKENS, seed=raters.seed
+    )
+    generator = torch.Generator().manual_seed(2 + raters.seed)
     examples = []
-    for i in range(_COMPARISONS):
+    for i, prompt in enumerate(prompts):
         first, second = (rollout.answer for rollout in rollouts[2 * i : 2 * i + 2])
         gain = taste(first) - taste(second)
-        if float(torch.rand((), generator=generator)) < _FLIPPED:
+        if float(torch.rand((), generator=generator)) < raters.flipped:
             gain = -gain
         examples.append(
             Example(
@@ -269,25 +298,16 @@ def _train_reward(made: Toy, prompts: Sequence[Ids]) -> float:
                 kind="ranking",
                 split=_SPLITS[i % len(_SPLITS)],
                 cluster=str(i),
-                prompt=prompts[i],
+                prompt=prompt,
                 answers=(Answer(first), Answer(second)),
                 ranks=(int(gain < 0), int(gain > 0)),
             )
         )
-    quick = {"learning_rate": 3e-3, "batch_size": 16, "min_steps": 0}
-    changes: dict[str, Any] = {f"reward.optimiser.{key}": value for key, value in quick.items()}
-    changes |= {"reward.epochs": 5.0, "reward.patience": 100}
-    config = with_overrides(TrainerConfig(), changes)
-    store = CheckpointStore(made.directory / "reward-checkpoints")
-    groups = parts(examples)
-    result = train_reward(made.trained, groups, config, store, NoHooks(), Failpoints())
-    (made.directory / "reward").mkdir()
-    result.model.save(made.directory / "reward", "toy")
-    return _accuracy(made, result.model)
+    return examples
 
 
 def _accuracy(made: Toy, model: Any) -> float:
-    rollouts = _draw(made.sampler, made.directory, "unseen", made.validation, 4, ANSWER_TOKENS)
+    rollouts = _draw(made.sampler, made.directory, "unseen", made.validation, 16, ANSWER_TOKENS)
     right, count = 0.0, 0
     for i in range(0, len(rollouts), 2):
         first, second = rollouts[i].answer, rollouts[i + 1].answer
