@@ -297,7 +297,9 @@ def _forwards(groups: Sequence[Group]) -> dict[str, Any]:
 def _validation_losses(
     result: RewardResult, validation: Sequence[Group], bench: Bench
 ) -> list[float]:
-    settings, seed = bench.config.reward, bench.config.run.seed
+    """Return each prompt's mean loss over its pairs, without the pull of rewards to 0."""
+    settings = bench.config.reward.model_copy(update={"centre_weight": 0.0})
+    seed = bench.config.run.seed
     return [
         RewardObjective(result.model, settings, [group], [group], seed).evaluate()["loss"]
         for group in validation

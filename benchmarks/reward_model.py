@@ -88,10 +88,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     synthetic = parser.add_argument_group("flipped and calibration")
-    synthetic.add_argument("--prompts", type=int, default=140, help="learned from")
+    synthetic.add_argument("--prompts", type=int, default=130, help="learned from")
     synthetic.add_argument("--validation", type=int, default=16)
     synthetic.add_argument("--calibration", type=int, default=24)
-    synthetic.add_argument("--held-out", type=int, default=170, help="of 320")
+    synthetic.add_argument("--held-out", type=int, default=200, help="of 320")
     grouping = parser.add_argument_group("kway")
     grouping.add_argument("--kway-prompts", type=int, default=60)
     grouping.add_argument("--kway-validation", type=int, default=32)
@@ -107,7 +107,7 @@ def _arguments() -> argparse.Namespace:
     people.add_argument("--human-epochs", type=float, help="default: the trainer's")
     people.add_argument("--human-prompt-tokens", type=int, default=192)
     people.add_argument("--human-answer-tokens", type=int, default=128)
-    parser.add_argument("--mismatch-prompts", type=int, default=64, help="one answer each")
+    parser.add_argument("--mismatch-prompts", type=int, default=48, help="one answer each")
     return parser.parse_args()
 
 
