@@ -164,6 +164,7 @@ def kway(bench: Bench) -> dict[str, Any]:
     # The same pairs in a step and the same number of steps, as near as rows allow.
     in_step = round(args.kway_batch * pairs / len(groups))
     row: dict[str, Any] = {"pairs": pairs, "prompts": len(groups), "epochs": args.kway_epochs}
+    row["batch_size"] = args.kway_batch
     losses = {}
     for name, train, batch_size in (
         ("kway", groups, args.kway_batch),

@@ -152,6 +152,10 @@ def _described(case: str, found: Mapping[str, Any], bench: Bench) -> dict[str, A
     if case != "mismatch":
         settings = bench.config.model_dump(mode="json")
         used |= {name: settings[name] for name in ("lora", *_settings_of(case))}
+        if case in ("kway", "human"):  # these set some themselves
+            used["reward"]["epochs"] = found["epochs"]
+        if case == "kway":
+            used["reward"]["optimiser"] |= {"batch_size": found["batch_size"], "min_steps": 0}
     return {
         "case": case,
         "taste": "" if case in _WITHOUT_TASTE else bench.args.taste,
