@@ -79,6 +79,7 @@ def human(bench: Bench) -> dict[str, Any]:
     config = with_overrides(bench.config, overrides)
     row: dict[str, Any] = {"folds": args.folds, "epochs": config.reward.epochs, "training": []}
     found: list[Found] = []
+    bench.backbone.free_trunks()
     for number, fold in enumerate(folds):
         others = [root for root in roots if root not in fold]
         stops = set(others[: max(1, round(len(others) * _VALIDATION_SHARE))])
