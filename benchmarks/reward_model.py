@@ -158,6 +158,7 @@ def _described(case: str, found: Mapping[str, Any], bench: Bench) -> dict[str, A
             used["reward"]["optimiser"] |= {"batch_size": found["batch_size"], "min_steps": 0}
     return {
         "case": case,
+        "simulated": case not in _WITHOUT_TASTE,
         "taste": "" if case in _WITHOUT_TASTE else bench.args.taste,
         "command": " ".join(["benchmarks/reward_model.py", *sys.argv[1:]]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -177,7 +178,7 @@ def _write(row: Mapping[str, Any], args: argparse.Namespace) -> Path:
     kept = json.loads(path.read_text())["rows"] if path.is_file() else []
     key = row["case"], row["taste"]
     rows = [other for other in kept if (other["case"], other["taste"]) != key]
-    return write_result("reward_model", {"simulated": True, "rows": [*rows, row]}, path)
+    return write_result("reward_model", {"rows": [*rows, row]}, path)
 
 
 def _print(rows: Sequence[Mapping[str, Any]]) -> None:
