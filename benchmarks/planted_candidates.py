@@ -7,12 +7,13 @@ hardly differ from the base may pass, and the table says at which strength they 
 controls show that the gate does not simply always fail: the base itself (must not fail, must not
 pass) and a candidate that honestly learned the taste (must pass).
 
-Usage: python benchmarks/planted_candidates.py [--seeds 2] [--steps 6,12,24,48] [--prompts 48]
+Usage: python benchmarks/planted_candidates.py [--seeds 2] [--steps 4,8,16,32] [--prompts 48]
 Takes about two minutes a candidate on two cores.
 """
 
 import argparse
 import asyncio
+import math
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from typing import Any
 
 import heedful
 from heedful_trainer.backbone import Backbone, BackboneOptions, load_backbone
+from heedful_trainer.base import fast_float
 from heedful_trainer.gate import (
     Draw,
     FeedbackCounts,
@@ -116,7 +118,7 @@ async def main() -> None:
     args = _arguments()
     with loop_server(args.model) as server, tempfile.TemporaryDirectory() as temporary:
         backbone = load_backbone(
-            _dequantized(args.model, server, Path(temporary)), BackboneOptions()
+            _dequantized(args.model, server, Path(temporary)), BackboneOptions(fast_float())
         )
         async with heedful.AsyncClient(server.target, timeout_s=600) as client:
             rows = await _judge_all(client, server, backbone, args)
@@ -129,11 +131,12 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", default="6,12,24,48", help="of training, at which one is kept")
+    parser.add_argument("--steps", default="4,8,16,32", help="of training, at which one is kept")
     parser.add_argument("--families", default=",".join((*TRAINED, "noise", "broken")))
     parser.add_argument("--prompts", type=int, default=48, help="held-out prompts and pairs")
     parser.add_argument("--max-tokens", type=int, default=256, help="of the gate's answers")
     parser.add_argument("--good-pairs", type=int, default=200, help="the good control learns from")
+    parser.add_argument("--budget-s", type=float, default=math.inf, help="then judge no more")
     parser.add_argument("--no-controls", action="store_true")
     parser.add_argument("--explain", action="store_true", help="print each report")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
@@ -143,7 +146,7 @@ def _arguments() -> argparse.Namespace:
 def _dequantized(model: str, server: LoopServer, temporary: Path) -> Path:
     out = temporary / "base"
     command = [str(program("heedful-server")), "model", "dequantize", "--out", str(out)]
-    command += ["--model", str(model_path(model)), "--dtype", "bfloat16"]
+    command += ["--model", str(model_path(model)), "--dtype", fast_float()]
     subprocess.run([*command, "--home", str(server.home)], check=True, stdout=sys.stderr)
     return out
 
@@ -159,9 +162,13 @@ async def _judge_all(
     material = await _material(client, setting.sampler)
     out = server.home / "runs" / run_id / "adapters"
     out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    end_s = time.monotonic() + args.budget_s
     for planted in await _planted(setting, material, backbone, origin, out, args):
         began_s = time.monotonic()
+        if began_s > end_s:
+            say(f"no time for {planted.directory.name} and those after it")
+            break
         row = await _judge(setting, planted, origin, args.explain)
         row["seconds"] = round(time.monotonic() - began_s, 1)
         rows.append(row)
@@ -278,7 +285,8 @@ async def _planted(
     if "broken" in families:
         whole = made[0] if made else unchanged(backbone, origin, out)
         made += [break_files(whole, kind, out) for kind in BROKEN]
-    return made
+    # Files first: they are refused at once.
+    return sorted(made, key=lambda planted: planted.family != "broken")
 
 
 async def _good_pairs(

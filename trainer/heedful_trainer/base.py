@@ -54,7 +54,7 @@ def find_base(
     if note.is_file():
         return _from_note(json.loads(note.read_text()))
     settings = config.base
-    dtype = _fast_float() if settings.dtype == "auto" else settings.dtype
+    dtype = fast_float() if settings.dtype == "auto" else settings.dtype
     if settings.directory:
         identity = BaseIdentity(settings.base_id, settings.template_hash)
         directory = Path(settings.directory).expanduser()
@@ -75,6 +75,13 @@ def find_base(
     return base
 
 
+def fast_float() -> str:
+    """Return the type that this processor trains in: without its instructions bf16 is emulated."""
+    capabilities = torch.cpu.get_capabilities()
+    has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bfloat16" if has_bf16 else "float32"
+
+
 def dequantize_command(model: str, quantize: str, out: Path, dtype: str, home: Path) -> list[str]:
     """Return the command line that writes the served weights of a model."""
     beside = Path(sys.executable).with_name("heedful-server")
@@ -84,13 +91,6 @@ def dequantize_command(model: str, quantize: str, out: Path, dtype: str, home: P
     written = dtype if dtype in ("float32", "bfloat16") else "float32"
     command = [program, "model", "dequantize", "--model", model, "--quantize", quantize]
     return [*command, "--out", str(out), "--dtype", written, "--home", str(home)]
-
-
-def _fast_float() -> str:
-    """Return the type that this processor trains in: without its instructions bf16 is emulated."""
-    capabilities = torch.cpu.get_capabilities()
-    has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return "bfloat16" if has_bf16 else "float32"
 
 
 def _served(config: TrainerConfig, place: Place, connect: Connect, dtype: str) -> Base:
