@@ -113,6 +113,7 @@ def save_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
             save_file(
                 tensors | {"temperature": torch.tensor([2.0])},
                 directory / "reward_heads.safetensors",
+                {"reads": "mean"},
             )
         return directory
 

@@ -47,6 +47,12 @@ class Packed:
     row_of_A: Tensor  # which row each answer is in
 
     @property
+    def own_N(self) -> Tensor:  # noqa: N802 - carries its shape
+        """Flat index of each answer token's own hidden state."""
+        offset_A = self.last_A - self.last_target_A
+        return offset_A[self.owner_N] + torch.arange(self.target_N.shape[0])
+
+    @property
     def num_answers(self) -> int:
         """A."""
         return self.last_A.shape[0]

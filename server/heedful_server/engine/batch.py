@@ -31,7 +31,7 @@ class PreparedStep:
     batch: ForwardBatch
     sample_rows: list[int]
     scored: list[ScoredRows]
-    hidden: list[Sequence]  # whose final hidden states are wanted, in the order of hidden_rows
+    hidden: list[Sequence]  # whose final hidden state each of hidden_rows is
 
 
 def prepare_step(plan: StepPlan, block_size: int) -> PreparedStep:
@@ -71,12 +71,12 @@ def prepare_step(plan: StepPlan, block_size: int) -> PreparedStep:
 
 
 def _hidden_rows(plan: StepPlan, starts: list[int]) -> list[tuple[Sequence, int]]:
-    """Rows of last tokens whose sequence wants their hidden state."""
+    """Rows whose sequence wants their hidden state."""
     return [
-        (chunk.sequence, start + chunk.num_tokens - 1)
+        (chunk.sequence, start + position - chunk.start)
         for chunk, start in zip(plan.chunks, starts, strict=False)
         if chunk.sequence.wants_hidden
-        and chunk.start + chunk.num_tokens == len(chunk.sequence.token_ids)
+        for position in chunk.logit_positions
     ]
 
 

@@ -25,7 +25,8 @@ class _Request:
     policy_slot: int
     reward_slot: int
     logprobs: list[list[float]]
-    rewards: list[list[float]]
+    token_rewards: list[list[list[float]]]  # by item, token and head
+    rewards: list[list[float]]  # by item and head, once all of an item's tokens are there
     sequence_ids: list[str] = field(default_factory=list)
 
     @property
@@ -81,6 +82,7 @@ class Scoring:
             policy_slot=policy_slot,
             reward_slot=reward_slot,
             logprobs=[[] for _ in score.items],
+            token_rewards=[[] for _ in score.items],
             rewards=[[] for _ in score.items],
         )
         self._requests[score.request_id] = request
@@ -106,7 +108,7 @@ class Scoring:
         self._finish_if_done(request)
 
     def take_rewards(self, sequence: Sequence, rewards: list[float]) -> None:
-        """Take what each head says of a sequence."""
+        """Take what each head says of a sequence's next token; a reward is the mean over tokens."""
         request, idx = self._find(sequence)
         if request is None:
             return
@@ -114,7 +116,14 @@ class Scoring:
             request_id = request.score.request_id
             self.fail(request_id, "internal", "a reward is not finite", f"items[{idx}]")
             return
-        request.rewards[idx] = rewards
+        token_rewards = request.token_rewards[idx]
+        token_rewards.append(rewards)
+        if len(token_rewards) < _num_rewarded(request.score.items[idx]):
+            return
+        # Exact sums, so that a reward's bits do not depend on how its tokens were cut into chunks.
+        request.rewards[idx] = [
+            math.fsum(values) / len(values) for values in zip(*token_rewards, strict=True)
+        ]
         self._scheduler.finish(sequence)
         self._finish_if_done(request)
 
@@ -182,17 +191,23 @@ def _sequence(
 ) -> EngineRequest:
     score = request.score
     token_ids = item.prompt_token_ids + item.completion_token_ids
+    rewards_start = len(token_ids) - _num_rewarded(item)
     return EngineRequest(
         request_id=sequence_id,
         prompt_token_ids=token_ids,
         max_tokens=0,
         priority=score.priority,
         cache_salt=salt(score.cache_salt, score.reward if reward else score.policy),
-        logits_start=len(token_ids if reward else item.prompt_token_ids) - 1,
+        logits_start=rewards_start if reward else len(item.prompt_token_ids) - 1,
         deadline_at_s=request.deadline_at_s,
         adapter_slot=request.reward_slot if reward else request.policy_slot,
         wants_hidden=reward,
     )
+
+
+def _num_rewarded(item: ScoreItem) -> int:
+    """Tokens over which a reward is the mean: those of the completion, or the prompt's last."""
+    return max(1, len(item.completion_token_ids))
 
 
 def salt(cache_salt: str, policy: str) -> bytes:

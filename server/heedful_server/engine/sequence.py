@@ -38,7 +38,7 @@ class EngineRequest:
         logits_start: first position whose logits are wanted; None means the prompt's last.
         deadline_at_s: time of the monotonic clock after which the request is no longer wanted.
         adapter_slot: slot of the policy's adapter, or -1; means nothing to the scheduler.
-        wants_hidden: whether the last token's final hidden state is wanted rather than logits.
+        wants_hidden: whether final hidden states are wanted from logits_start on, not logits.
 
     Raises:
         ValueError: an argument is out of its range.

@@ -42,7 +42,10 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class RewardHeads:
-    """Scalar heads on the final hidden state: reward_J = weight_JH h_H + bias_J, in fp32."""
+    """Scalar heads on final hidden states: reward_J = weight_JH h_H + bias_J of each token, fp32.
+
+    An answer's reward is the mean over its tokens.
+    """
 
     weight_JH: Tensor
     bias_J: Tensor
@@ -188,6 +191,8 @@ def _check_values(file: str, name: str, tensor: Tensor, shape: tuple[int, ...]) 
 
 def _read_heads(path: Path, hidden_size: int) -> RewardHeads:
     tensors = _read_tensors(path)
+    if _metadata(path).get("reads") != "mean":
+        raise BadAdapter(f"{path.name}: not made for the mean over tokens; train it again")
     for name in ("weight", "bias"):
         if name not in tensors:
             raise BadAdapter(f"{path.name}: tensor {name} is missing")
@@ -198,6 +203,11 @@ def _read_heads(path: Path, hidden_size: int) -> RewardHeads:
     _check_values(path.name, "weight", weight_JH, (num_heads, hidden_size))
     _check_values(path.name, "bias", bias_J, (num_heads,))
     return RewardHeads(weight_JH.float(), bias_J.float())
+
+
+def _metadata(path: Path) -> Mapping[str, str]:
+    with safe_open(path, framework="pt") as handle:
+        return handle.metadata() or {}
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

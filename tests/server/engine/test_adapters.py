@@ -314,6 +314,30 @@ def test_score_gives_logprobs_rewards_or_both(
         assert row == (both.rewards[i] if quantize == "int4" else pytest.approx(both.rewards[i]))
 
 
+@pytest.mark.parametrize("quantize", PATHS)
+def test_a_reward_is_the_mean_over_the_tokens_of_a_completion_however_it_is_cut(
+    quantize: str, make_driver, adapter_dirs: dict[str, Path]
+) -> None:
+    ids, completion = prompt(20, seed=1), prompt(9, seed=2)
+    whole = ScoreItem(ids, completion)
+    tokens = [ScoreItem(ids + completion[:i], [token]) for i, token in enumerate(completion)]
+    last_of_prompt = [ScoreItem(ids, []), ScoreItem(ids[:-1], ids[-1:])]
+    found = []
+    for max_batch_tokens in (512, 4):
+        driver = make_driver(quantize, max_batch_tokens=max_batch_tokens)
+        driver.load("r", adapter_dirs["y"], "reward")
+        items = [whole, *tokens, *last_of_prompt]
+        driver.loaded.engine.score(Score("s", items, reward="r", logprobs=False))
+        driver.run()
+        found.append(driver.scored["s"].rewards)
+        reward, *of_tokens = found[-1][:-2]
+        means = [sum(values) / len(values) for values in zip(*of_tokens, strict=True)]
+        assert reward == pytest.approx(means, abs=1e-4)
+        assert found[-1][-2] == pytest.approx(found[-1][-1], abs=1e-4)
+    same = found[0] if quantize == "int4" else [pytest.approx(row, abs=1e-4) for row in found[0]]
+    assert found[1] == same
+
+
 def test_sampled_logprobs_are_those_that_score_gives_under_the_same_adapter(
     make_driver, adapter_dirs: dict[str, Path]
 ) -> None:

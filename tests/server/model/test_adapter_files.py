@@ -132,10 +132,15 @@ def test_tensors(change, match: str, adapter: Path, llama_dir: Path) -> None:
 def test_reward_heads(
     weight: Tensor, bias: Tensor, match: str, adapter: Path, llama_dir: Path
 ) -> None:
-    save_file({"weight": weight, "bias": bias}, adapter / HEADS_FILE)
+    save_file({"weight": weight, "bias": bias}, adapter / HEADS_FILE, {"reads": "mean"})
     refuse(adapter, llama_dir, match, "reward")
     # A policy has no use for them.
     assert read_adapter(adapter, read_spec(llama_dir), "policy", 16).heads is None
+
+
+def test_heads_that_do_not_say_what_they_read_are_refused(adapter: Path, llama_dir: Path) -> None:
+    save_file({"weight": torch.zeros(2, 64), "bias": torch.zeros(2)}, adapter / HEADS_FILE)
+    refuse(adapter, llama_dir, "not made for the mean over tokens", "reward")
 
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE, HEADS_FILE])

@@ -16,8 +16,8 @@ from heedful_trainer.dataset.examples import Answer, Example
 from heedful_trainer.errors import NotEnoughFeedback
 from heedful_trainer.methods.hooks import NoHooks
 from heedful_trainer.methods.policy import parts
-from heedful_trainer.packing import Row
-from heedful_trainer.reward.model import load_reward_model
+from heedful_trainer.packing import Row, pack
+from heedful_trainer.reward.model import Heads, RewardModel, load_reward_model, pooled
 from heedful_trainer.reward.report import report_on_reward
 from heedful_trainer.reward.training import RewardObjective, RewardResult, train_reward
 
@@ -53,6 +53,26 @@ def test_it_learns_pairs_and_reports_beside_the_length_baseline(
         "debiased_ece_before",
         "debiased_ece_after",
     }
+
+
+def test_the_pooled_state_is_the_mean_over_an_answers_own_tokens() -> None:
+    packed = pack([Row((1, 2), ((3, 4), (5,))), Row((1,), ((6, 7, 8),))])
+    # Rows of five positions: the prompt's at 0 and 1, then the answers'; the second row has four.
+    hidden = torch.arange(10.0)[:, None] * torch.tensor([1.0, 10.0])
+    assert packed.own_N.tolist() == [2, 3, 4, 6, 7, 8]
+    assert pooled(hidden, packed).tolist() == [[2.5, 25.0], [4.0, 40.0], [7.0, 70.0]]
+
+
+def test_a_reward_is_the_mean_of_what_it_would_be_for_each_token(backbone: Backbone) -> None:
+    heads = Heads(3, backbone.hidden_size)
+    heads.reset(1)
+    backbone.adapter.reset(2)
+    model = RewardModel(backbone, heads)
+    answer = (40, 90, 7, EOS)
+    whole, other = model.score([Row((5, 6), (answer, (9, 9)))])
+    each = model.score([Row((5, 6, *answer[:i]), ((answer[i],),)) for i in range(len(answer))])
+    torch.testing.assert_close(whole, each.mean(0))
+    assert not torch.equal(whole, other)
 
 
 def test_saved_and_loaded_it_gives_the_same_scores(

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from heedful_trainer.backbone import Backbone, Batch
+from heedful_trainer.packing import Packed
 from heedful_trainer.ppo.settings import Reading
-from heedful_trainer.reward.model import Heads, RewardModel
+from heedful_trainer.reward.model import Heads, RewardModel, pooled
 from heedful_trainer.token_logprob import token_kl, token_logprobs
 
 Parameters = Mapping[str, nn.Parameter]
@@ -92,17 +93,21 @@ class Networks:
             return self._logprobs(batch, self._reference_hidden(batch))
 
     def values(self, batch: Batch) -> Tensor:
-        """Return V before each of the answers' tokens, shape [N]."""
+        """Return V before each of the answers' tokens, shape [N].
+
+        It reads what the reward of an answer that ended there would read: the mean over its tokens
+        so far, and before the first of them the prompt's last.
+        """
         with self._wearing(self._value_adapter):
             hidden = self.backbone.hidden(batch)
         before_NH = hidden[batch.packed.source_N].to(self._value_weight_H.dtype)
-        return before_NH @ self._value_weight_H + self._value_bias
+        return _running_means(before_NH @ self._value_weight_H, batch.packed) + self._value_bias
 
     def rewards(self, batch: Batch) -> Tensor:
         """Return every head's reward of the answers, shape [A, E]."""
         with torch.no_grad(), self._wearing(self._reward):
             hidden = self.backbone.hidden(batch)
-            result: Tensor = self._heads(hidden[batch.packed.last_A])
+            result: Tensor = self._heads(pooled(hidden, batch.packed))
         return result
 
     def divergence(self, batch: Batch) -> Tensor:
@@ -143,6 +148,22 @@ class Networks:
         finally:
             self._worn = before
             self._adapter.bind(before)
+
+
+def _running_means(state_N: Tensor, packed: Packed) -> Tensor:
+    """Return the mean over the states of each answer so far; the prompt's counts where it is alone.
+
+    Args:
+        state_N: of the position before each answer token: the prompt's last, then the answer's own.
+        packed: the layout.
+    """
+    first_N = (packed.last_target_A - packed.length_A + 1)[packed.owner_N]
+    index_N = torch.arange(first_N.shape[0]) - first_N
+    own_N = state_N.double() * (index_N > 0)
+    # In fp64, so that what other answers add before it leaves no rounding in the difference.
+    summed_N = own_N.cumsum(0)
+    mean_N = (summed_N - summed_N[first_N]) / index_N.clamp(min=1)
+    return torch.where(index_N > 0, mean_N.to(state_N.dtype), state_N)
 
 
 def _frozen(tensors: Mapping[str, Tensor]) -> Parameters:

@@ -1,7 +1,8 @@
-"""A reward model: an adapter on the base and an ensemble of scalar heads on its last hidden state.
+"""A reward model: an adapter on the base and an ensemble of scalar heads on its hidden states.
 
-Owns the heads, their files and how an answer gets its rewards: at its last token, from the
-final-normed hidden state, in fp32. It knows no losses. One thread.
+Owns the heads, their files and how an answer gets its rewards: from the mean of the final-normed
+hidden states of its own tokens, in fp32. What an answer mentions is in the states of the words that
+mention it; a small base hardly carries it on to the last one. It knows no losses. One thread.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from heedful_trainer.backbone import Backbone
 from heedful_trainer.lora import read_weights
-from heedful_trainer.packing import Row
+from heedful_trainer.packing import Packed, Row
 
 
 class Heads(nn.Module):
@@ -52,7 +53,10 @@ class Heads(nn.Module):
             "bias": self.bias.detach().contiguous(),
             "temperature": torch.tensor([self.temperature]),
         }
-        save_file(tensors, directory / adapter_files.HEADS)
+        # Whoever reads them must know over what: heads of a last token would answer nonsense. One
+        # entry alone, since safetensors writes several in any order, and a rerun must write the
+        # same bytes.
+        save_file(tensors, directory / adapter_files.HEADS, {"reads": "mean"})
 
     def load(self, directory: Path) -> None:
         """Take the values of a file."""
@@ -73,8 +77,7 @@ class RewardModel:
     def rewards(self, rows: Sequence[Row]) -> Tensor:
         """Return the rewards of the rows' answers in order, shape [A, E]."""
         batch = self.backbone.batch(rows)
-        hidden = self.backbone.hidden(batch)
-        result: Tensor = self.heads(hidden[batch.packed.last_A])
+        result: Tensor = self.heads(pooled(self.backbone.hidden(batch), batch.packed))
         return result
 
     def score(self, rows: Sequence[Row]) -> Tensor:
@@ -92,6 +95,19 @@ class RewardModel:
         """Write adapter and heads; the directory is not sealed."""
         self.backbone.adapter.save(directory, base_model)
         self.heads.save(directory)
+
+
+def pooled(hidden: Tensor, packed: Packed) -> Tensor:
+    """Return the mean hidden state over each answer's own tokens, shape [A, H], at least fp32.
+
+    Args:
+        hidden: of a batch, shape [B · T, H].
+        packed: its layout.
+    """
+    own_NH = hidden[packed.own_N]
+    own_NH = own_NH if own_NH.dtype == torch.float64 else own_NH.float()
+    sums_AH = own_NH.new_zeros(packed.num_answers, own_NH.shape[1])
+    return sums_AH.index_add(0, packed.owner_N, own_NH) / packed.length_A[:, None]
 
 
 def load_reward_model(backbone: Backbone, directory: Path) -> RewardModel:
