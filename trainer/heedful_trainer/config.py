@@ -120,7 +120,7 @@ class RewardSettings(_Group):
     centre_weight: NonNegative = Field(
         default=0.01, description="Of the squared mean reward, which keeps rewards near 0."
     )
-    optimiser: OptimiserSettings = OptimiserSettings(learning_rate=3e-4)
+    optimiser: OptimiserSettings = OptimiserSettings(learning_rate=1e-3, batch_size=8)
 
 
 class SftSettings(_Group):
