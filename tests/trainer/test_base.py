@@ -1,5 +1,6 @@
 """Which model a run trains on, and that it stays the same one."""
 
+import json
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,6 +33,15 @@ class Finder:
         place = Place(self._home, "", "personal")
         run_dir = self._home / "run"
         return find_base(config, place, self._store, Scope("local", "default"), run_dir, _never)
+
+
+def test_a_note_from_before_types_were_noted_is_understood(found: Finder, tmp_path: Path) -> None:
+    begun = found("bfloat16")
+    note = tmp_path / "run" / "base.json"
+    content = json.loads(note.read_text())
+    del content["dtype"]
+    note.write_text(json.dumps(content))
+    assert found("float32") == begun
 
 
 def _with_capabilities(monkeypatch: pytest.MonkeyPatch, **capabilities: bool) -> None:

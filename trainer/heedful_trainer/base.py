@@ -130,5 +130,6 @@ def _logged(store: Store, scope: Scope) -> BaseIdentity:
 def _from_note(note: dict[str, object]) -> Base:
     identity = note["identity"]
     assert isinstance(identity, dict)
-    directory, name, dtype = (str(note[key]) for key in ("directory", "name", "dtype"))
-    return Base(Path(directory), name, BaseIdentity(**identity), dtype)
+    # Notes that name no type are of runs that could have been of bfloat16 alone by default.
+    dtype = str(note.get("dtype", "bfloat16"))
+    return Base(Path(str(note["directory"])), str(note["name"]), BaseIdentity(**identity), dtype)

@@ -119,12 +119,14 @@ class Runner:
             sampled: SampledTokens | None = read_draws(draws, result, rows)
         else:
             sampled = _sample(result, prepared.sample_rows, rows)
+        # At once: from a GPU every row of its own would be a wait.
+        hidden_QH = result.hidden_QH.cpu()
         return StepResult(
             sampled,
             [_score(result.logits_RV, scored) for scored in prepared.scored],
             [
                 (sequence, _rewards(self._heads[sequence.adapter_slot], hidden_H))
-                for sequence, hidden_H in zip(prepared.hidden, result.hidden_QH, strict=True)
+                for sequence, hidden_H in zip(prepared.hidden, hidden_QH, strict=True)
             ],
         )
 
@@ -140,7 +142,6 @@ def _sample(
 
 def _rewards(heads: RewardHeads, hidden_H: Tensor) -> list[float]:
     # Row by row, so that company cannot change a reward's bits.
-    hidden_H = hidden_H.cpu()
     rewards_J = torch.mv(heads.weight_JH.to(hidden_H.dtype), hidden_H) + heads.bias_J
     values: list[float] = rewards_J.tolist()
     return values

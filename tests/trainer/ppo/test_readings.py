@@ -154,6 +154,10 @@ def test_a_value_is_the_reward_of_an_answer_that_ends_there(
     along = first - 4.0  # the hidden state along the heads' direction
     assert second == pytest.approx(3 * along - 2.0, abs=1e-4)
     assert value == pytest.approx(weight * along + bias, abs=1e-4)
+    # The second answer's values know nothing of the first's.
+    alone = (Row((5, 6), (ROLLOUTS[1].answer,)), ROLLOUTS[1:])
+    both, single = judge(networks, [ITEM]).values_N, judge(networks, [alone]).values_N
+    assert both[3:].tolist() == pytest.approx(single.tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("reading", READINGS)
