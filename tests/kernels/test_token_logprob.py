@@ -115,6 +115,8 @@ def test_entropy_alone_and_frozen_weights(device: torch.device, way: str) -> Non
 @both_ways
 def test_nothing_to_do_and_strange_strides(device: torch.device, way: str) -> None:
     h, w, y = operands(9, 24, 40, device)
+    # Quarters: every logit is exact, in whatever order a layout's matmul sums it.
+    h, w = (h * 4).round() / 4, (w * 4).round() / 4
     assert token_logprobs(h[:0], w, y[:0]).shape == (0,)
     empty = h[:0].clone().requires_grad_()
     token_logprobs(empty, w, y[:0]).sum().backward()
