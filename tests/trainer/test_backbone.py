@@ -57,7 +57,7 @@ def test_rows_say_which_hidden_state_predicts_which_token() -> None:
     assert packed.source_N.tolist() == [3, 4, 5, 3, 3, 8]
     assert packed.owner_N.tolist() == [0, 0, 0, 1, 2, 2]
     assert packed.last_A.tolist() == [6, 7, 9]
-    assert packed.position_ids_BT[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 4, 5]
+    assert packed.position_ids_1T[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 4, 5]
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
@@ -125,10 +125,10 @@ def test_the_cut_does_not_change_gradients(tiny_model_dir: Path) -> None:
 def test_a_trunk_does_not_depend_on_its_neighbours(tiny_model_dir: Path) -> None:
     first = load_backbone(tiny_model_dir, options())
     second = load_backbone(tiny_model_dir, options(trunk_bytes=0))
-    trunk, again = first.batch(ROWS).trunk_BTH, second.batch(ROWS[2:]).trunk_BTH
+    trunk, again = first.batch(ROWS).trunk_1TH, second.batch(ROWS[2:]).trunk_1TH
     assert trunk is not None
     assert again is not None
-    assert torch.equal(trunk[2], again[0])
+    assert torch.equal(trunk[0, -again.shape[1] :], again[0])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "qwen3"])

@@ -22,13 +22,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from heedful_trainer import lora
+from heedful_trainer.attention import BLOCKS
 from heedful_trainer.errors import ModelUnusable
 from heedful_trainer.lora import Adapter, LoraShape
 from heedful_trainer.packing import Packed, Row, pack
-
-# Up to this width the plain attention is faster on a CPU where gradients follow, since the fused
-# backward pass is slow there; beyond, its T × T tables would fill the memory.
-_PLAIN_ATTENTION_TOKENS = 640
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -49,7 +46,7 @@ class Batch:
     """Packed rows and the hidden states that enter their first adapted layer."""
 
     packed: Packed
-    trunk_BTH: Tensor | None  # None: training begins at the embedding
+    trunk_1TH: Tensor | None  # None: training begins at the embedding
 
 
 class Backbone:
@@ -90,21 +87,17 @@ class Backbone:
         packed = pack(rows)
         if not self._first:
             return Batch(packed, None)
-        trunks = [self._trunk_of(row, keep) for row in rows]
-        padded = trunks[0].new_zeros(*packed.input_ids_BT.shape, self.hidden_size)
-        for idx, trunk_TH in enumerate(trunks):
-            padded[idx, : trunk_TH.shape[0]] = trunk_TH
-        return Batch(packed, padded)
+        return Batch(packed, torch.cat([self._trunk_of(row, keep) for row in rows])[None])
 
     def hidden(self, batch: Batch, *, with_adapter: bool = True) -> Tensor:
-        """Return the final-normed hidden states of a batch, shape [B · T, H].
+        """Return the final-normed hidden states of a batch, shape [T, H].
 
         With the adapter they have gradients to its parameters, unless gradients are off.
         """
         self.adapter.enable(with_adapter)
-        with self._lower_skipped(), self._entering(batch.trunk_BTH):
-            plain = batch.packed.input_ids_BT.shape[1] <= _PLAIN_ATTENTION_TOKENS
-            return self._forward(batch.packed, plain=plain).flatten(0, 1)
+        with self._lower_skipped(), self._entering(batch.trunk_1TH):
+            # With and without gradients alike: a ratio of a policy to itself is then 1.
+            return self._forward(batch.packed, fused=False)[0]
 
     def free_trunks(self) -> None:
         """Give the memory of the kept trunks back."""
@@ -129,25 +122,23 @@ class Backbone:
         try:
             with torch.no_grad():
                 # Policy and reference share the trunk, so its own rounding cancels between them.
-                self._forward(packed, plain=False)
+                self._forward(packed, fused=True)
         except _Reached as reached:
-            return reached.hidden_BTH[0]
+            return reached.hidden_1TH[0]
         finally:
             handle.remove()
         raise AssertionError("the first adapted layer was not reached")
 
-    def _forward(self, packed: Packed, *, plain: bool) -> Tensor:
-        self._model.set_attn_implementation("eager" if plain else "sdpa")
-        minus_infinity = torch.finfo(self.head_VH.dtype).min
-        mask = torch.zeros(packed.mask_B1TT.shape, dtype=self.head_VH.dtype)
+    def _forward(self, packed: Packed, *, fused: bool) -> Tensor:
         outputs = self._model.base_model(
-            input_ids=packed.input_ids_BT,
-            attention_mask=mask.masked_fill_(~packed.mask_B1TT, minus_infinity),
-            position_ids=packed.position_ids_BT,
+            input_ids=packed.input_ids_1T,
+            position_ids=packed.position_ids_1T,
+            blocks=packed.blocks,
+            fused=fused,
             use_cache=False,
         )
-        hidden: Tensor = outputs.last_hidden_state
-        return hidden
+        hidden_1TH: Tensor = outputs.last_hidden_state
+        return hidden_1TH
 
     @contextmanager
     def _lower_skipped(self) -> Iterator[None]:
@@ -160,12 +151,12 @@ class Backbone:
                 self._blocks[idx] = block
 
     @contextmanager
-    def _entering(self, trunk_BTH: Tensor | None) -> Iterator[None]:
-        if trunk_BTH is None:
+    def _entering(self, trunk_1TH: Tensor | None) -> Iterator[None]:
+        if trunk_1TH is None:
             yield
             return
         handle = self._blocks[self._first].register_forward_pre_hook(
-            lambda _, args: (trunk_BTH, *args[1:])
+            lambda _, args: (trunk_1TH, *args[1:])
         )
         try:
             yield
@@ -176,13 +167,13 @@ class Backbone:
 class _Skip(nn.Module):
     """Stands in for a layer whose output is already known."""
 
-    def forward(self, hidden_BTH: Tensor, *_: object, **__: object) -> Tensor:
-        return hidden_BTH
+    def forward(self, hidden_1TH: Tensor, *_: object, **__: object) -> Tensor:
+        return hidden_1TH
 
 
 class _Reached(Exception):  # noqa: N818 - leaves the model at a layer; no error
-    def __init__(self, hidden_BTH: Tensor) -> None:
-        self.hidden_BTH = hidden_BTH
+    def __init__(self, hidden_1TH: Tensor) -> None:
+        self.hidden_1TH = hidden_1TH
         super().__init__()
 
 
@@ -198,7 +189,7 @@ def load_backbone(directory: Path, options: BackboneOptions) -> Backbone:
         model = AutoModelForCausalLM.from_pretrained(
             str(directory),
             dtype=DTYPES[options.dtype],
-            attn_implementation="sdpa",
+            attn_implementation=BLOCKS,
             trust_remote_code=False,
             local_files_only=True,
             gguf_file="model.gguf" if has_gguf else None,

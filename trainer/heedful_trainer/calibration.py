@@ -43,6 +43,19 @@ def fit_temperature(differences: Sequence[float], outcomes: Sequence[float]) -> 
     return math.exp(float(minimize_scalar(loss, bounds=bounds, method="bounded").x))
 
 
+def calibrated_loss(differences: Sequence[float], outcomes: Sequence[float]) -> float:
+    """Return the mean log loss of σ(Δr / T) at the temperature that suits these pairs best.
+
+    What remains is what the rewards cannot tell apart; how sure they are does not matter.
+
+    Raises:
+        ValueError: there is no pair.
+    """
+    delta, target = _pairs(differences, outcomes)
+    z = delta / fit_temperature(differences, outcomes)
+    return float(-(target * log_expit(z) + (1 - target) * log_expit(-z)).mean())
+
+
 def expected_calibration_error(
     probabilities: Sequence[float], outcomes: Sequence[float], bins: int = 15
 ) -> float:

@@ -1,9 +1,9 @@
 """Prompts with several answers as rows of one batch: the prompt once, the answers beside it.
 
-Owns the layout and its masks: a row is ``prompt | answer 0 | answer 1 | …``, every answer sees the
-prompt and itself, positions of each answer go on from the prompt's end. So K answers cost one
-prompt, and each gets the log-probs that it would have alone. It knows neither models nor losses.
-Pure, any thread.
+Owns the layout: rows stand one after the other in a single sequence of T tokens, so that nothing is
+padded. A row is ``prompt | answer 0 | answer 1 | …``, every answer sees the prompt and itself,
+positions of each answer go on from the prompt's end. So K answers cost one prompt, and each gets
+the log-probs that it would have alone. It knows neither models nor losses. Pure, any thread.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from heedful_trainer.attention import Blocks, Segment, make_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,25 +32,22 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A batch of B rows of at most T tokens, with N answer tokens in A answers.
+    """A batch of rows, T tokens in all, with N answer tokens in A answers."""
 
-    Indices into hidden states count over the flattened [B · T].
-    """
-
-    input_ids_BT: Tensor  # 0 where a row is padded
-    position_ids_BT: Tensor
-    mask_B1TT: Tensor  # true: the token of dimension 2 sees the token of dimension 3
-    source_N: Tensor  # flat index of the hidden state that predicts each answer token
+    input_ids_1T: Tensor
+    position_ids_1T: Tensor
+    blocks: Blocks  # who sees whom
+    source_N: Tensor  # index of the hidden state that predicts each answer token
     target_N: Tensor  # the answer tokens
     owner_N: Tensor  # which answer each belongs to
-    last_A: Tensor  # flat index of each answer's last token
+    last_A: Tensor  # index of each answer's last token
     last_target_A: Tensor  # index within N of each answer's last token
     length_A: Tensor  # tokens of each answer
     row_of_A: Tensor  # which row each answer is in
 
     @property
     def own_N(self) -> Tensor:  # noqa: N802 - carries its shape
-        """Flat index of each answer token's own hidden state."""
+        """Index of each answer token's own hidden state."""
         offset_A = self.last_A - self.last_target_A
         return offset_A[self.owner_N] + torch.arange(self.target_N.shape[0])
 
@@ -59,30 +58,44 @@ class Packed:
 
 
 def pack(rows: Sequence[Row]) -> Packed:
-    """Lay rows out as a batch, padded on the right to the longest."""
-    width = max(row.num_tokens for row in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    position_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    segments = torch.full((len(rows), width), -1, dtype=torch.long)
+    """Lay rows out as one sequence."""
     parts = _Parts([], [], [], [], [], [], [])
+    input_ids: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
     for idx, row in enumerate(rows):
-        tokens = [*row.prompt, *(token for answer in row.answers for token in answer)]
-        input_ids[idx, : len(tokens)] = torch.tensor(tokens)
-        start = len(row.prompt)
-        position_ids[idx, :start] = torch.arange(start)
-        segments[idx, :start] = 0
-        for number, answer in enumerate(row.answers, 1):
-            end = start + len(answer)
-            segments[idx, start:end] = number
-            position_ids[idx, start:end] = torch.arange(len(answer)) + len(row.prompt)
-            parts.add(idx, idx * width, start, len(row.prompt), answer)
-            start = end
+        context = len(input_ids), len(input_ids) + len(row.prompt)
+        input_ids += row.prompt
+        positions += range(len(row.prompt))
+        segments.append(Segment(*context, (0, 0)))
+        for answer in row.answers:
+            start = len(input_ids)
+            parts.add(idx, context[1] - 1, start, answer)
+            input_ids += answer
+            positions += range(len(row.prompt), len(row.prompt) + len(answer))
+            segments.append(Segment(start, len(input_ids), context))
     return Packed(
-        input_ids,
-        position_ids,
-        _mask(segments),
+        torch.tensor([input_ids]),
+        torch.tensor([positions]),
+        make_blocks(segments),
         *(torch.tensor(part, dtype=torch.long) for part in parts.as_lists()),
     )
+
+
+def cut(sizes: Sequence[int], most_tokens: int) -> list[list[int]]:
+    """Return examples in groups of like size with at most so many tokens, as indices.
+
+    An example that is larger alone is a group of its own.
+    """
+    groups: list[list[int]] = []
+    left = 0
+    for example in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        if not groups or sizes[example] > left:
+            groups.append([])
+            left = most_tokens
+        groups[-1].append(example)
+        left -= sizes[example]
+    return groups
 
 
 @dataclass(slots=True)
@@ -95,17 +108,14 @@ class _Parts:
     length: list[int]
     row_of: list[int]
 
-    def add(self, row: int, offset: int, start: int, prompt: int, answer: tuple[int, ...]) -> None:
-        assert prompt
+    def add(self, row: int, last_of_prompt: int, start: int, answer: tuple[int, ...]) -> None:
+        assert last_of_prompt >= 0
         assert answer
         self.owner += [len(self.last)] * len(answer)
         self.target += answer
         # The prompt's last token predicts the first token of every answer.
-        self.source += [
-            offset + prompt - 1,
-            *range(offset + start, offset + start + len(answer) - 1),
-        ]
-        self.last.append(offset + start + len(answer) - 1)
+        self.source += [last_of_prompt, *range(start, start + len(answer) - 1)]
+        self.last.append(start + len(answer) - 1)
         self.last_target.append(len(self.target) - 1)
         self.length.append(len(answer))
         self.row_of.append(row)
@@ -120,12 +130,3 @@ class _Parts:
             self.length,
             self.row_of,
         )
-
-
-def _mask(segments_BT: Tensor) -> Tensor:
-    width = segments_BT.shape[1]
-    causal_TT = torch.ones(width, width, dtype=torch.bool).tril()
-    query, key = segments_BT[:, :, None], segments_BT[:, None, :]
-    # Padding sees itself, so that no row of the softmax is empty; nobody sees padding.
-    visible = (key == query) | (key == 0) & (query > 0)
-    return (visible & causal_TT)[:, None]

@@ -118,7 +118,7 @@ def test_the_start_is_where_the_policy_begins_and_what_its_kl_is_measured_from(
     tensors = {n: p.detach().clone() for n, p in backbone.adapter.parameters().items()}
     backbone.adapter.reset(5)
     heads = Heads(2, backbone.hidden_size)
-    heads.reset(6)
+    torch.nn.init.normal_(heads.weight, std=0.17, generator=torch.Generator().manual_seed(6))
     networks = Networks(RewardModel(backbone, heads), seed=3, start=tensors)
     rollout = Rollout((1, 2), (LIKED, EOS), (-1.0, -1.0), True)
     item = (Row((1, 2), ((LIKED, EOS),)), (rollout,))

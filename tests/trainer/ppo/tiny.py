@@ -67,7 +67,7 @@ def reward_model(backbone: Backbone) -> RewardModel:
         for parameter in backbone.adapter.parameters().values():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     heads = Heads(3, backbone.hidden_size)
-    heads.reset(13)
+    torch.nn.init.normal_(heads.weight, std=0.17, generator=torch.Generator().manual_seed(13))
     return RewardModel(backbone, heads)
 
 

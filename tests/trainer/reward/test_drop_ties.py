@@ -62,7 +62,7 @@ def tied(make_pairs: Any) -> list[Example]:
 def objective(backbone: Backbone, examples: list[Example], drop_ties: bool) -> RewardObjective:
     backbone.adapter.reset(0)
     heads = Heads(2, backbone.hidden_size)
-    heads.reset(0)
+    torch.nn.init.normal_(heads.weight, std=0.17, generator=torch.Generator().manual_seed(0))
     settings = PLAIN.model_copy(update={"drop_ties": drop_ties})
     model = RewardModel(backbone, heads)
     return RewardObjective(model, settings, parts(examples)["train"], [], seed=0)

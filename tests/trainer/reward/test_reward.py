@@ -65,7 +65,7 @@ def test_the_pooled_state_is_the_mean_over_an_answers_own_tokens() -> None:
 
 def test_a_reward_is_the_mean_of_what_it_would_be_for_each_token(backbone: Backbone) -> None:
     heads = Heads(3, backbone.hidden_size)
-    heads.reset(1)
+    torch.nn.init.normal_(heads.weight, std=0.17, generator=torch.Generator().manual_seed(1))
     backbone.adapter.reset(2)
     model = RewardModel(backbone, heads)
     answer = (40, 90, 7, EOS)
@@ -165,7 +165,7 @@ def test_all_bad_alone_lowers_every_answer(
 
     bad = [replace(e, ranks=(0, 0), all_bad=True) for e in make_pairs(4, split="train")]
     heads = Heads(2, backbone.hidden_size)
-    heads.reset(0)
+    torch.nn.init.normal_(heads.weight, std=0.17, generator=torch.Generator().manual_seed(0))
     backbone.adapter.reset(0)
     model = RewardModel(backbone, heads)
     objective = RewardObjective(model, config.reward, parts(bad)["train"], [], seed=0)
@@ -189,3 +189,41 @@ def test_without_calibration_pairs_the_temperature_stays_one(
     result = train(backbone, make_pairs(20, split="train"), quick, tmp_path)
     assert result.calibration_pairs == 0
     assert result.model.heads.temperature == 1.0
+
+
+def test_what_stops_training_does_not_depend_on_how_sure_the_heads_are(
+    backbone: Backbone, config: TrainerConfig, make_pairs: Any, tmp_path: Path
+) -> None:
+    examples = [
+        replace(example, ranks=example.ranks[::-1]) if number % 5 == 0 else example
+        for number, example in enumerate(make_pairs(160))
+    ]
+    model = train(backbone, examples, config, tmp_path).model
+    split = parts(examples)
+    objective = RewardObjective(model, config.reward, split["train"], split["validation"], 0)
+    before = objective.evaluate()
+    with torch.no_grad():
+        model.heads.weight.mul_(7)
+    after = objective.evaluate()
+    assert after["loss"] == pytest.approx(before["loss"], abs=1e-4)
+    assert after["accuracy"] == before["accuracy"]
+    assert after["raw_loss"] > before["raw_loss"] + 0.05
+    with torch.no_grad():
+        model.heads.weight.mul_(-1)
+    assert objective.evaluate()["loss"] > before["loss"] + 0.02
+
+
+def test_a_start_that_training_makes_worse_is_what_remains(
+    backbone: Backbone, config: TrainerConfig, make_pairs: Any, tmp_path: Path
+) -> None:
+    examples = make_pairs(120)
+    wild = with_overrides(
+        config, {"reward.optimiser.learning_rate": 3.0, "reward.optimiser.clip_norm": 100.0}
+    )
+    result = train(backbone, examples, wild, tmp_path)
+    first, *others = result.loop.history
+    assert first["step"] == 0
+    assert all(look["loss"] > first["loss"] for look in others)
+    split = parts(examples)
+    objective = RewardObjective(result.model, wild.reward, split["train"], split["validation"], 0)
+    assert objective.evaluate()["loss"] == pytest.approx(first["loss"], abs=1e-5)

@@ -22,6 +22,7 @@ from heedful_trainer.checkpoint import Checkpoint, CheckpointStore, hash_of
 from heedful_trainer.config import OptimiserSettings
 from heedful_trainer.errors import CheckpointDamaged, RunStopped, TrainingFailed
 from heedful_trainer.methods.hooks import Hooks
+from heedful_trainer.packing import cut
 
 _BETAS = (0.9, 0.95)  # InstructGPT's
 # To reach the least number of steps. With eight, twenty pairs were learned by heart, and the policy
@@ -65,6 +66,7 @@ class LoopSettings:
     compute_cap_s: float = 0.0  # 0: none
     evaluations: int = 0  # for each epoch; 0: only at the end
     patience: int = 0  # evaluations without a better loss before the end; 0: no early stop
+    look_first: bool = False  # whether the start is looked at too, and kept where nothing is better
 
 
 @dataclass(slots=True)
@@ -107,6 +109,8 @@ def train(
     """
     loop = _Loop(objective, settings, checkpoints, hooks)
     loop.resume()
+    if settings.look_first and loop.state.step == 0:
+        loop.evaluate()
     ended = "epochs"
     while loop.state.step < loop.num_steps:
         loop.step()
@@ -199,9 +203,11 @@ class _Loop:
         """Look at the validation part; return whether training should end."""
         state = self.state
         is_last = state.step == self.num_steps
-        due = self._evaluate_every and state.step % self._evaluate_every == 0
-        if not (due or is_last):
-            return False
+        due = self._evaluate_every > 0 and state.step % self._evaluate_every == 0
+        return self.evaluate() if due or is_last else False
+
+    def evaluate(self) -> bool:
+        state = self.state
         found = dict(self._objective.evaluate())
         if not found:
             return False
@@ -302,17 +308,9 @@ class _Loop:
         return order[within * size : (within + 1) * size]
 
     def _micro_batches(self, batch: Sequence[int]) -> list[list[int]]:
-        """Cut a batch into rows of like length, padded to at most so many tokens."""
-        sizes = self._objective.sizes
-        micro: list[list[int]] = []
-        for example in sorted(batch, key=lambda i: (-sizes[i], i)):
-            widest = sizes[micro[-1][0]] if micro else 0
-            limit = self._settings.optimiser.micro_batch_tokens
-            if micro and widest * (len(micro[-1]) + 1) <= limit:
-                micro[-1].append(example)
-            else:
-                micro.append([example])
-        return micro
+        sizes = [self._objective.sizes[example] for example in batch]
+        groups = cut(sizes, self._settings.optimiser.micro_batch_tokens)
+        return [[batch[i] for i in group] for group in groups]
 
     def _learning_rate(self, step: int) -> float:
         options = self._settings.optimiser

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from heedful_trainer import advantages, ppo_losses
 from heedful_trainer.backbone import Batch
-from heedful_trainer.packing import Row
+from heedful_trainer.packing import Row, cut
 from heedful_trainer.ppo.networks import Networks
 from heedful_trainer.ppo.settings import PpoSettings, Reading, RewardShaping
 from heedful_trainer.rollouts.records import Rollout, rows_of
@@ -78,19 +78,13 @@ def minibatches_of(
     count = min(settings.minibatches, len(items))
     size = math.ceil(len(items) / count)
     chosen = [order[start : start + size] for start in range(0, len(items), size)]
-    return [cut([items[i] for i in part], settings.micro_batch_tokens) for part in chosen]
+    return [micro_batches([items[i] for i in part], settings.micro_batch_tokens) for part in chosen]
 
 
-def cut(items: Sequence[Item], max_tokens: int) -> list[list[Item]]:
-    """Return rows in groups of like length, each padded to at most so many tokens."""
-    micro: list[list[Item]] = []
-    for item in sorted(items, key=lambda item: -item[0].num_tokens):
-        widest = micro[-1][0][0].num_tokens if micro else 0
-        if micro and widest * (len(micro[-1]) + 1) <= max_tokens:
-            micro[-1].append(item)
-        else:
-            micro.append([item])
-    return micro
+def micro_batches(items: Sequence[Item], most_tokens: int) -> list[list[Item]]:
+    """Return rows in groups of like length, each of at most so many tokens."""
+    groups = cut([row.num_tokens for row, _ in items], most_tokens)
+    return [[items[i] for i in group] for group in groups]
 
 
 def judge(networks: Networks, items: Sequence[Item]) -> Judged:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from heedful_trainer.ppo.experience import RewardScale, cut, read, shaped
+from heedful_trainer.ppo.experience import RewardScale, micro_batches, read, shaped
 from heedful_trainer.ppo.networks import Networks
 from heedful_trainer.ppo.settings import PpoSettings, Reading
 from heedful_trainer.rollouts.records import Rollout, rows_of
@@ -24,7 +24,7 @@ def look_at(
 ) -> dict[str, float]:
     """Return the figures of the policy that gave these answers; the backbone wears it."""
     rewards, kl, lengths, ended = [], [], [], []
-    for items in cut(rows_of(rollouts), settings.micro_batch_tokens):
+    for items in micro_batches(rows_of(rollouts), settings.micro_batch_tokens):
         batch = networks.backbone.batch([row for row, _ in items], keep=False)
         rewards.append(networks.rewards(batch))
         kl.append(networks.divergence(batch))

@@ -18,7 +18,7 @@ import torch
 from heedful_trainer.backbone import Backbone, Batch
 from heedful_trainer.dataset.text import TextEncoder
 from heedful_trainer.errors import InvalidConfig
-from heedful_trainer.packing import Row
+from heedful_trainer.packing import Row, cut
 from heedful_trainer.rollouts.records import Ids
 
 _FEWEST_TOKENS = 2  # the first token is only read
@@ -45,14 +45,8 @@ class PtxTexts:
             return []
         chosen = [self._at(self.cursor + i) for i in range(count)]
         self.cursor += count
-        micro: list[list[Row]] = []
-        for row in sorted(chosen, key=lambda row: -row.num_tokens):
-            widest = micro[-1][0].num_tokens if micro else 0
-            if micro and widest * (len(micro[-1]) + 1) <= self._max_tokens:
-                micro[-1].append(row)
-            else:
-                micro.append([row])
-        return [self._backbone.batch(rows) for rows in micro]
+        groups = cut([row.num_tokens for row in chosen], self._max_tokens)
+        return [self._backbone.batch([chosen[i] for i in group]) for group in groups]
 
     def _at(self, position: int) -> Row:
         epoch, within = divmod(position, len(self._rows))

@@ -7,7 +7,6 @@ mention it; a small base hardly carries it on to the last one. It knows no losse
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,9 @@ from heedful_trainer.packing import Packed, Row
 
 
 class Heads(nn.Module):
-    """E linear heads over hidden states of size H.
+    """E linear heads over hidden states of size H, zero at first.
 
-    Stiennon et al. 2020 start them at N(0, 1/√(H + 1)); that each starts elsewhere is what makes
-    them an ensemble, beside the bootstrap.
+    That each starts from a bootstrap of its own is what makes them an ensemble.
     """
 
     def __init__(self, num_heads: int, hidden_size: int) -> None:
@@ -34,13 +32,6 @@ class Heads(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_heads, hidden_size))
         self.bias = nn.Parameter(torch.zeros(num_heads))
         self.temperature = 1.0  # divides differences of rewards; fitted after training
-
-    def reset(self, seed: int) -> None:
-        """Start anew."""
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            self.weight.normal_(0, 1 / math.sqrt(self.weight.shape[1] + 1), generator=generator)
-            self.bias.zero_()
 
     def forward(self, hidden_AH: Tensor) -> Tensor:
         """Return the rewards of A answers, shape [A, E]."""

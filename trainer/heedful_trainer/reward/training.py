@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from heedful_trainer import reward_losses
 from heedful_trainer.backbone import Backbone
-from heedful_trainer.calibration import fit_temperature
+from heedful_trainer.calibration import calibrated_loss, fit_temperature
 from heedful_trainer.checkpoint import CheckpointStore
 from heedful_trainer.config import RewardSettings, TrainerConfig
 from heedful_trainer.dataset.builders import Group, counts
@@ -25,7 +25,8 @@ from heedful_trainer.methods.hooks import Hooks
 from heedful_trainer.methods.loop import LoopResult, LoopSettings, train
 from heedful_trainer.packing import Row
 from heedful_trainer.reward.model import Heads, RewardModel
-from heedful_trainer.reward.pairs import pair_differences
+from heedful_trainer.reward.pairs import pair_differences, pairs_of_groups
+from heedful_trainer.reward.start import start_heads
 
 _MIN_JUDGEMENTS = 8
 # Fewer decided pairs than this say more about chance than about temperature.
@@ -73,6 +74,10 @@ class RewardObjective:
             more["log_nu"] = self._log_nu
         return {**self._model.parameters(), **more}
 
+    def start(self, hooks: Hooks) -> None:
+        """Give the heads their start."""
+        start_heads(self._model, self._train, self._settings, self._bootstrap_GE, hooks)
+
     def begin_step(self, batch: Sequence[int]) -> None:
         """Nothing depends on the whole batch."""
 
@@ -87,17 +92,30 @@ class RewardObjective:
         return total, figures
 
     def evaluate(self) -> Mapping[str, float]:
-        """Return loss and pair accuracy of the mean reward on the validation part."""
-        total, accuracy = 0.0, 0.0
+        """Return loss and pair accuracy of the mean reward on the validation part.
+
+        Where there are pairs enough, it is the loss at the temperature that suits them, since one
+        is fitted after training: what a model tells apart decides when to stop, not how sure it is.
+        """
+        raw, accuracy = 0.0, 0.0
+        scored: dict[Row, list[list[float]]] = {}
         with torch.no_grad():
             for start in range(0, len(self._validation), _EVALUATED_ROWS):
                 part = self._validation[start : start + _EVALUATED_ROWS]
                 for group, rewards in zip(part, self._rewards(part), strict=True):
                     mean = rewards.mean(1, keepdim=True)
-                    total += float(self._group_loss(group, mean).mean())
+                    scored[group.row] = mean.tolist()
+                    raw += float(self._group_loss(group, mean).mean())
                     accuracy += _accuracy(group, mean[:, 0])
         n = len(self._validation)
-        return {"loss": total / n, "accuracy": accuracy / n, "n": float(n)} if n else {}
+        if not n:
+            return {}
+        pairs = pairs_of_groups(self._validation, scored)
+        loss = raw / n
+        if len(pairs) >= MIN_CALIBRATION_PAIRS:
+            outcomes = [pair.outcome for pair in pairs]
+            loss = calibrated_loss([pair.difference for pair in pairs], outcomes)
+        return {"loss": loss, "raw_loss": raw / n, "accuracy": accuracy / n, "n": float(n)}
 
     def _rewards(self, groups: Sequence[Group]) -> Sequence[Tensor]:
         rows = [group.row for group in groups]
@@ -167,11 +185,11 @@ def train_reward(
     require_judgements(parts["train"])
     backbone.adapter.reset(config.run.seed + 1)
     heads = Heads(settings.heads, backbone.hidden_size)
-    heads.reset(config.run.seed + 2)
     model = RewardModel(backbone, heads)
     objective = RewardObjective(
         model, settings, parts["train"], parts["validation"], config.run.seed
     )
+    objective.start(hooks)
     loop = LoopSettings(
         epochs=settings.epochs,
         seed=config.run.seed,
@@ -180,6 +198,7 @@ def train_reward(
         compute_cap_s=config.run.compute_cap_s,
         evaluations=settings.evaluations,
         patience=settings.patience,
+        look_first=True,
     )
     result = train(objective, loop, checkpoints, hooks, failpoints)
     _shift_to_zero(model, parts["train"])

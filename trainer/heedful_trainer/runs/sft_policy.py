@@ -20,7 +20,7 @@ from heedful_trainer.methods.dropout import residual_dropout
 from heedful_trainer.methods.loop import LoopResult, LoopSettings, Objective, train
 from heedful_trainer.methods.policy import parts
 from heedful_trainer.methods.sft import SftObjective
-from heedful_trainer.ppo.experience import cut
+from heedful_trainer.ppo.experience import micro_batches
 from heedful_trainer.ppo.networks import Networks
 from heedful_trainer.reward.model import load_reward_model
 from heedful_trainer.rollouts.drawing import RolloutDrawer
@@ -115,7 +115,7 @@ class _ByReward:
         backbone = self._networks.backbone
         rewards = [
             self._networks.rewards(backbone.batch([row for row, _ in items], keep=False)).mean(1)
-            for items in cut(rows_of(rollouts), settings.micro_batch_tokens)
+            for items in micro_batches(rows_of(rollouts), settings.micro_batch_tokens)
         ]
         reward = float(torch.cat(rewards).mean())
         return {**self._inner.evaluate(), "loss": -reward, "reward": reward}
