@@ -178,3 +178,33 @@ def test_other_families_are_cut_and_packed_alike(family: str, tmp_path: Path) ->
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelUnusable):
         load_backbone(tmp_path, options())
+
+
+def test_a_gpu_that_is_not_there_is_named(tiny_model_dir: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ModelUnusable, match=r"base\.device is cuda"):
+        load_backbone(tiny_model_dir, options(device="cuda"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_gpu_computes_the_same_and_gradients_arrive_on_the_cpu(tiny_model_dir: Path) -> None:
+    from heedful_trainer.reward.model import pooled
+
+    found = []
+    for device in ("cpu", "cuda"):
+        backbone = shaken(load_backbone(tiny_model_dir, options(device=device)))
+        batch = backbone.batch(ROWS)
+        hidden = backbone.hidden(batch)
+        assert hidden.device.type == device
+        logprobs_N = backbone.answer_logprobs(batch, hidden)
+        pooled_AH = pooled(hidden, batch.packed)
+        (logprobs_N.sum() + pooled_AH.sum()).backward()
+        gradients = [parameter.grad for parameter in backbone.adapter.parameters().values()]
+        with torch.no_grad():
+            kl_N = backbone.answer_kl(batch, hidden, backbone.hidden(batch, with_adapter=False))
+        found.append([logprobs_N.detach(), pooled_AH.detach(), kl_N, *gradients])
+    for ours, theirs in zip(*found, strict=True):
+        assert theirs is not None
+        assert theirs.device.type == "cpu"
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)

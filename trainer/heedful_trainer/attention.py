@@ -60,6 +60,14 @@ class Blocks:
     blocks: tuple[Block, ...]
     place_T: Tensor
 
+    def to(self, device: torch.device) -> Blocks:
+        """Return them on a device."""
+        blocks = (
+            Block(b.query_SL.to(device), b.key_SC.to(device), b.visible_S1LC.to(device))
+            for b in self.blocks
+        )
+        return Blocks(tuple(blocks), self.place_T.to(device))
+
 
 def make_blocks(segments: Sequence[Segment]) -> Blocks:
     """Sort segments into blocks of like size; together they cover every position once."""

@@ -26,6 +26,7 @@ from heedful_trainer.attention import BLOCKS
 from heedful_trainer.errors import ModelUnusable
 from heedful_trainer.lora import Adapter, LoraShape
 from heedful_trainer.packing import Packed, Row, pack
+from heedful_trainer.token_logprob import token_kl, token_logprobs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -39,6 +40,7 @@ class BackboneOptions:
     alpha: float = 32.0
     trained_share: float = 0.5  # of the layers, from the top
     trunk_bytes: int = 1 << 30  # most memory for kept trunks
+    device: str = "cpu"  # where the model is; the adapter's own tensors stay on the CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class Backbone:
         self.hidden_size = int(self.head_VH.shape[1])
         self._lower = list(blocks[: self._first])
         self.trained_blocks: list[nn.Module] = list(blocks[self._first :])
+        self._device = self.head_VH.device
         self._trunks: OrderedDict[Row, Tensor] = OrderedDict()
         self._trunk_bytes_left = options.trunk_bytes
 
@@ -98,6 +101,29 @@ class Backbone:
         with self._lower_skipped(), self._entering(batch.trunk_1TH):
             # With and without gradients alike: a ratio of a policy to itself is then 1.
             return self._forward(batch.packed, fused=False)[0]
+
+    def answer_logprobs(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """Return the log-probs of the answers' tokens, shape [N], on the CPU.
+
+        Args:
+            batch: what was computed.
+            hidden: its hidden states, as `hidden` gave them.
+        """
+        source_N, target_N = (
+            index.to(self._device) for index in (batch.packed.source_N, batch.packed.target_N)
+        )
+        return token_logprobs(hidden[source_N], self.head_VH, target_N).cpu()
+
+    def answer_kl(self, batch: Batch, hidden: Tensor, other: Tensor) -> Tensor:
+        """Return KL(p ‖ q) before each of the answers' tokens, in nats, shape [N], on the CPU.
+
+        Args:
+            batch: what was computed.
+            hidden: hidden states that give p.
+            other: hidden states that give q.
+        """
+        source_N = batch.packed.source_N.to(self._device)
+        return token_kl(hidden[source_N], other[source_N], self.head_VH).cpu()
 
     def free_trunks(self) -> None:
         """Give the memory of the kept trunks back."""
@@ -131,9 +157,9 @@ class Backbone:
 
     def _forward(self, packed: Packed, *, fused: bool) -> Tensor:
         outputs = self._model.base_model(
-            input_ids=packed.input_ids_1T,
-            position_ids=packed.position_ids_1T,
-            blocks=packed.blocks,
+            input_ids=packed.input_ids_1T.to(self._device),
+            position_ids=packed.position_ids_1T.to(self._device),
+            blocks=packed.blocks.to(self._device),
             fused=fused,
             use_cache=False,
         )
@@ -181,8 +207,10 @@ def load_backbone(directory: Path, options: BackboneOptions) -> Backbone:
     """Load a Hugging Face directory for training; code in it is never run.
 
     Raises:
-        ModelUnusable: transformers cannot load it, or its layers are not found.
+        ModelUnusable: transformers cannot load it, its layers are not found, or there is no GPU.
     """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ModelUnusable("base.device is cuda, and PyTorch finds no GPU")
     has_gguf = (directory / "model.gguf").is_file()
     transformers_logging.disable_progress_bar()
     try:
@@ -196,7 +224,7 @@ def load_backbone(directory: Path, options: BackboneOptions) -> Backbone:
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelUnusable(f"{directory}: {error}") from error
-    return Backbone(model, options)
+    return Backbone(model.to(options.device), options)
 
 
 def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

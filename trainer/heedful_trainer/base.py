@@ -54,7 +54,8 @@ def find_base(
     if note.is_file():
         return _from_note(json.loads(note.read_text()))
     settings = config.base
-    dtype = fast_float() if settings.dtype == "auto" else settings.dtype
+    fast = "bfloat16" if settings.device == "cuda" else fast_float()
+    dtype = fast if settings.dtype == "auto" else settings.dtype
     if settings.directory:
         identity = BaseIdentity(settings.base_id, settings.template_hash)
         directory = Path(settings.directory).expanduser()

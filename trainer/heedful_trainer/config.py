@@ -43,8 +43,12 @@ class BaseSettings(_Group):
     )
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = Field(
         default="auto",
-        description="Type of the frozen weights; auto: bfloat16 where the processor computes in "
-        "it, else float32.",
+        description="Type of the frozen weights; auto: bfloat16 where the processor, or a GPU, "
+        "computes in it, else float32.",
+    )
+    device: Literal["cpu", "cuda"] = Field(
+        default="cpu",
+        description="Where the base computes. Adapters, losses and optimiser stay on the CPU.",
     )
 
 

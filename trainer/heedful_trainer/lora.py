@@ -38,7 +38,8 @@ class LoraLinear(nn.Module):
     """A frozen linear layer with a low-rank update: ``y = x Wᵀ + b + (α/r) (x Aᵀ) Bᵀ``.
 
     Hu et al. 2021 (https://arxiv.org/abs/2106.09685). B starts at 0, so that an untrained adapter
-    changes nothing. A and B are fp32 (fp64 on an fp64 base), whatever the base is.
+    changes nothing. A and B are fp32 (fp64 on an fp64 base) on the
+    CPU, where the optimiser is, whatever and wherever the base is.
     """
 
     def __init__(self, base_layer: nn.Linear | Conv1D, shape: LoraShape) -> None:
@@ -56,8 +57,8 @@ class LoraLinear(nn.Module):
         y: Tensor = self.base_layer(x)
         if not self.enabled:
             return y
-        shrunk = F.linear(x, self.lora_A.to(x.dtype))
-        return y + F.linear(shrunk, (self.lora_B * self.scale).to(x.dtype))
+        shrunk = F.linear(x, self.lora_A.to(x))
+        return y + F.linear(shrunk, (self.lora_B * self.scale).to(x))
 
 
 class Adapter:

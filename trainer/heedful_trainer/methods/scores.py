@@ -17,7 +17,6 @@ from heedful_trainer import losses
 from heedful_trainer.backbone import Backbone, Batch
 from heedful_trainer.methods.hooks import Hooks
 from heedful_trainer.packing import Row
-from heedful_trainer.token_logprob import token_kl, token_logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +73,9 @@ class PolicyScorer:
             for row in rows:
                 batch = self._backbone.batch([row])
                 packed = batch.packed
-                policy = self._backbone.hidden(batch)[packed.source_N]
-                reference = self._backbone.hidden(batch, with_adapter=False)[packed.source_N]
-                kl_N = token_kl(policy, reference, self._backbone.head_VH)
+                policy = self._backbone.hidden(batch)
+                reference = self._backbone.hidden(batch, with_adapter=False)
+                kl_N = self._backbone.answer_kl(batch, policy, reference)
                 found.append(losses.segment_logprobs(kl_N, packed.owner_N, packed.num_answers))
         return torch.cat(found) if found else torch.zeros(0)
 
@@ -91,9 +90,7 @@ class PolicyScorer:
     def _score(self, batch: Batch, *, with_adapter: bool) -> Scores:
         packed = batch.packed
         hidden = self._backbone.hidden(batch, with_adapter=with_adapter)
-        logprobs_N = token_logprobs(
-            hidden[packed.source_N], self._backbone.head_VH, packed.target_N
-        )
+        logprobs_N = self._backbone.answer_logprobs(batch, hidden)
         ended_A = packed.target_N[packed.last_target_A] == self.eos_token_id
         last_A = logprobs_N[packed.last_target_A]
         return Scores(

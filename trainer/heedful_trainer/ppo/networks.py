@@ -19,7 +19,6 @@ from heedful_trainer.backbone import Backbone, Batch
 from heedful_trainer.packing import Packed
 from heedful_trainer.ppo.settings import Reading
 from heedful_trainer.reward.model import Heads, RewardModel, pooled
-from heedful_trainer.token_logprob import token_kl, token_logprobs
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -85,12 +84,12 @@ class Networks:
 
     def policy_logprobs(self, batch: Batch) -> Tensor:
         """Return log π of the answers' tokens, shape [N], with gradients unless they are off."""
-        return self._logprobs(batch, self.backbone.hidden(batch))
+        return self.backbone.answer_logprobs(batch, self.backbone.hidden(batch))
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """Return log π_ref of the same tokens."""
         with torch.no_grad():
-            return self._logprobs(batch, self._reference_hidden(batch))
+            return self.backbone.answer_logprobs(batch, self._reference_hidden(batch))
 
     def values(self, batch: Batch) -> Tensor:
         """Return V before each of the answers' tokens, shape [N].
@@ -100,8 +99,10 @@ class Networks:
         """
         with self._wearing(self._value_adapter):
             hidden = self.backbone.hidden(batch)
-        before_NH = hidden[batch.packed.source_N].to(self._value_weight_H.dtype)
-        return _running_means(before_NH @ self._value_weight_H, batch.packed) + self._value_bias
+        weight_H = self._value_weight_H.to(hidden.device)
+        before_NH = hidden[batch.packed.source_N.to(hidden.device)].to(weight_H.dtype)
+        state_N = (before_NH @ weight_H).cpu()
+        return _running_means(state_N, batch.packed) + self._value_bias
 
     def rewards(self, batch: Batch) -> Tensor:
         """Return every head's reward of the answers, shape [A, E]."""
@@ -114,9 +115,8 @@ class Networks:
         """Return KL(π ‖ π_ref) of each answer over the whole vocabulary, in nats, shape [A]."""
         packed = batch.packed
         with torch.no_grad():
-            policy = self.backbone.hidden(batch)[packed.source_N]
-            reference = self._reference_hidden(batch)[packed.source_N]
-            kl_N = token_kl(policy, reference, self.backbone.head_VH)
+            policy = self.backbone.hidden(batch)
+            kl_N = self.backbone.answer_kl(batch, policy, self._reference_hidden(batch))
         return kl_N.new_zeros(packed.num_answers).index_add(0, packed.owner_N, kl_N)
 
     @contextmanager
@@ -134,10 +134,6 @@ class Networks:
             return self.backbone.hidden(batch, with_adapter=False)
         with self._wearing(self._start):
             return self.backbone.hidden(batch)
-
-    def _logprobs(self, batch: Batch, hidden: Tensor) -> Tensor:
-        packed = batch.packed
-        return token_logprobs(hidden[packed.source_N], self.backbone.head_VH, packed.target_N)
 
     @contextmanager
     def _wearing(self, parameters: Parameters) -> Iterator[None]:

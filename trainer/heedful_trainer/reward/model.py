@@ -89,16 +89,19 @@ class RewardModel:
 
 
 def pooled(hidden: Tensor, packed: Packed) -> Tensor:
-    """Return the mean hidden state over each answer's own tokens, shape [A, H], at least fp32.
+    """Return the mean hidden state over each answer's tokens, [A, H], at least fp32, on the CPU.
 
     Args:
-        hidden: of a batch, shape [B · T, H].
+        hidden: of a batch, shape [T, H].
         packed: its layout.
     """
-    own_NH = hidden[packed.own_N]
+    own_NH = hidden[packed.own_N.to(hidden.device)]
     own_NH = own_NH if own_NH.dtype == torch.float64 else own_NH.float()
     sums_AH = own_NH.new_zeros(packed.num_answers, own_NH.shape[1])
-    return sums_AH.index_add(0, packed.owner_N, own_NH) / packed.length_A[:, None]
+    return (
+        sums_AH.index_add(0, packed.owner_N.to(hidden.device), own_NH).cpu()
+        / packed.length_A[:, None]
+    )
 
 
 def load_reward_model(backbone: Backbone, directory: Path) -> RewardModel:

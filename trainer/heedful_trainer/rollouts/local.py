@@ -77,6 +77,6 @@ class LocalSource:
         with torch.no_grad():
             batch = self._backbone.batch(rows, keep=False)
             hidden = self._backbone.hidden(batch, with_adapter=bool(policy))
-            last_AH = hidden[batch.packed.source_N[batch.packed.last_target_A]]
-            logits_AV = last_AH @ self._backbone.head_VH.T
+            last_A = batch.packed.source_N[batch.packed.last_target_A].to(hidden.device)
+            logits_AV = (hidden[last_A] @ self._backbone.head_VH.T).cpu()
         return logits_AV.float().log_softmax(-1)

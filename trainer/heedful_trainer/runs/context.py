@@ -70,6 +70,7 @@ class RunContext:
             lora.alpha,
             lora.trained_share,
             lora.trunk_cache_bytes,
+            self.config.base.device,
         )
         return load_backbone(self.base.directory, options)
 
