@@ -1,6 +1,7 @@
 """The convex start of a reward model's heads."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,7 +67,7 @@ def test_what_people_said_as_vectors() -> None:
     group.all_bad.append((1, 2))
     group.thumbs += [(0, True), (2, False)]
     group.corrections.append(Correction(1, 2, 0.5))
-    feature_KH = torch.tensor([[1.0], [2.0], [6.0]]).double()  # mean 3: -2, -1, 3
+    feature_KH = torch.tensor([[-2.0], [-1.0], [3.0]]).double()
     got = judgements_of([group], [feature_KH], SETTINGS)
     third, fourth = 1 / 3 / 4, 1 / 4
     assert got.vector_JH[:, 0].tolist() == [-1, -5, -4, -1, 3, -2.5, 2.5, -4]
@@ -83,7 +84,7 @@ def test_what_people_said_as_vectors() -> None:
 def test_thumbs_that_agree_are_measured_by_the_bar() -> None:
     group = Group((1,), {(10,): 0, (11,): 1})
     group.thumbs += [(0, True), (1, True)]
-    got = judgements_of([group], [torch.tensor([[1.0], [3.0]]).double()], SETTINGS)
+    got = judgements_of([group], [torch.tensor([[-1.0], [1.0]]).double()], SETTINGS)
     assert got.vector_JH[:, 0].tolist() == [-1, 1]
     assert got.bar_J.tolist() == [1, 1]
 
@@ -93,7 +94,8 @@ def start(backbone: Backbone, examples: Any, seed: int) -> tuple[RewardModel, fl
     groups = group_by_prompt(examples, "train")
     model = RewardModel(backbone, Heads(3, backbone.hidden_size))
     weights_GE = 0.5 + torch.rand(len(groups), 3, generator=torch.Generator().manual_seed(1))
-    return model, start_heads(model, groups, SETTINGS, weights_GE, NoHooks()), groups
+    penalty, _ = start_heads(model, groups, SETTINGS, weights_GE, NoHooks())
+    return model, penalty, groups
 
 
 def test_heads_start_where_the_base_already_tells_answers_apart(
@@ -124,8 +126,6 @@ def test_heads_start_where_the_base_already_tells_answers_apart(
 
 
 def test_labels_that_say_nothing_are_penalised_most(backbone: Backbone, make_pairs: Any) -> None:
-    from dataclasses import replace
-
     flips = torch.rand(150, generator=torch.Generator().manual_seed(3)) < 0.5
     examples = make_pairs(150)
     noise = [
@@ -135,3 +135,19 @@ def test_labels_that_say_nothing_are_penalised_most(backbone: Backbone, make_pai
     _, clean_penalty, _ = start(backbone, examples, 0)
     _, noise_penalty, _ = start(backbone, noise, 0)
     assert clean_penalty < noise_penalty
+
+
+def test_thumbs_alone_give_heads_and_the_bar(backbone: Backbone) -> None:
+    groups = []
+    for number in range(20):  # one answer a prompt, liked where token 40 is in it
+        group = Group((5, number))
+        group.index((40, 41, 40) if number % 2 else (90, 91, 92))
+        group.thumbs.append((0, bool(number % 2)))
+        groups.append(group)
+    model = RewardModel(backbone, Heads(2, backbone.hidden_size))
+    weights_GE = torch.ones(20, 2)
+    _, bar = start_heads(model, groups, SETTINGS, weights_GE, NoHooks())
+    rewards_A = torch.cat([model.score([group.row]).mean(1) for group in groups])
+    assert float(rewards_A.mean()) == pytest.approx(0, abs=1e-4)
+    assert bar == pytest.approx(0, abs=0.05)
+    assert rewards_A[1::2].min() > bar > rewards_A[::2].max()

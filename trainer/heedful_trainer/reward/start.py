@@ -54,8 +54,10 @@ def start_heads(
     settings: RewardSettings,
     bootstrap_GE: Tensor,
     hooks: Hooks,
-) -> float:
-    """Give every head its best start on its own bootstrap; return the penalty.
+) -> tuple[float, float]:
+    """Give every head its best start on its own bootstrap; return the penalty and the raters' bar.
+
+    The mean answer has a reward of 0 then.
 
     Args:
         model: its adapter is not used, its heads are set.
@@ -64,16 +66,19 @@ def start_heads(
         bootstrap_GE: weight of each prompt for each head.
         hooks: given way to after each row.
     """
-    judged = judgements_of(groups, _features(model, groups, hooks), settings)
+    features = _features(model, groups, hooks)
+    middle_H = torch.cat(features).mean(0)
+    judged = judgements_of(groups, [feature - middle_H for feature in features], settings)
     scale_H = judged.vector_JH.square().mean(0).sqrt().clamp(min=1e-6)
     judged = replace(judged, vector_JH=judged.vector_JH / scale_H)
     penalty = _choose_penalty(judged)
     weights_JE = judged.weight_J[:, None] * bootstrap_GE.double()[judged.prompt_J]
-    heads_EH, _ = fit(judged, weights_JE, penalty)
+    scaled_EH, bar_E = fit(judged, weights_JE, penalty)
+    heads_EH = scaled_EH / scale_H
     with torch.no_grad():
-        model.heads.weight.copy_(heads_EH / scale_H)
-        model.heads.bias.zero_()
-    return penalty
+        model.heads.weight.copy_(heads_EH)
+        model.heads.bias.copy_(-heads_EH @ middle_H)
+    return penalty, float(bar_E.mean())
 
 
 def judgements_of(
@@ -85,17 +90,15 @@ def judgements_of(
 
     Args:
         groups: of G prompts.
-        features: of each prompt's answers, fp64, [K, H].
+        features: of each prompt's answers, fp64, [K, H]; their mean over all is 0.
         settings: weights.
     """
     found: list[tuple[Tensor, float, float, float, int]] = []
-    # The bar takes up what all answers have in common; rewards are shifted to zero afterwards.
-    middle_H = torch.cat(list(features)).mean(0)
     for number, (group, feature_KH) in enumerate(zip(groups, features, strict=True)):
-        said = list(_said(group, feature_KH - middle_H, settings))
-        total = sum(1.0 for _ in group.orders) + len(group.all_bad) + len(group.corrections)
-        total += float(bool(group.thumbs))
-        found += [(vector, bar, y, weight / total, number) for vector, bar, y, weight in said]
+        total = len(group.orders) + len(group.all_bad) + len(group.corrections)
+        total += bool(group.thumbs)
+        for vector, bar, outcome, weight in _said(group, feature_KH, settings):
+            found.append((vector, bar, outcome, weight / total, number))
     numbers_J4 = torch.tensor([numbers for _, *numbers in found], dtype=torch.float64)
     bar_J, outcome_J, weight_J, prompt_J = numbers_J4.unbind(1)
     vector_JH = torch.stack([vector for vector, *_ in found])

@@ -75,8 +75,10 @@ class RewardObjective:
         return {**self._model.parameters(), **more}
 
     def start(self, hooks: Hooks) -> None:
-        """Give the heads their start."""
-        start_heads(self._model, self._train, self._settings, self._bootstrap_GE, hooks)
+        """Give heads and intercept their start."""
+        _, bar = start_heads(self._model, self._train, self._settings, self._bootstrap_GE, hooks)
+        with torch.no_grad():
+            self._intercept.fill_(bar)
 
     def begin_step(self, batch: Sequence[int]) -> None:
         """Nothing depends on the whole batch."""
