@@ -142,8 +142,8 @@ class RolloutSettings(_Group):
 class PpoSettings(_Group):
     """PPO-ptx."""
 
-    iterations: PositiveInt = Field(default=48, description="Batches of rollouts.")
-    batch_episodes: PositiveInt = Field(default=64, description="Answers of one iteration.")
+    iterations: PositiveInt = Field(default=30, description="Batches of rollouts.")
+    batch_episodes: PositiveInt = Field(default=48, description="Answers of one iteration.")
     samples_per_prompt: Annotated[int, Field(ge=1, le=16)] = Field(
         default=2, description="Answers to one prompt, which is then computed once."
     )
@@ -152,9 +152,9 @@ class PpoSettings(_Group):
     value_only_iterations: int = Field(
         default=1, ge=0, description="First iterations that train only the value function."
     )
-    max_answer_tokens: PositiveInt = Field(default=96, description="Of a rollout.")
-    policy_learning_rate: PositiveFloat = Field(default=1e-4, description="Peak.")
-    value_learning_rate: PositiveFloat = Field(default=2e-4, description="Peak.")
+    max_answer_tokens: PositiveInt = Field(default=64, description="Of a rollout.")
+    policy_learning_rate: PositiveFloat = Field(default=3e-4, description="Peak.")
+    value_learning_rate: PositiveFloat = Field(default=4e-4, description="Peak.")
     warmup_iterations: int = Field(
         default=4, ge=0, description="From a tenth of the peak, linear; constant after."
     )
