@@ -54,7 +54,8 @@ class Server:
         command = [sys.executable, "-P", "-m", "heedful_server.main", "serve"]
         command += ["--model", str(self._model), "--home", str(self.home), "--threads", "1"]
         command += ["--port", self.target.rpartition(":")[2], "--http-port", "0"]
-        command += ["--set", "engine.kv_cache_bytes=16777216"]
+        # Float weights: with 8-bit activations serving and training would agree only roughly.
+        command += ["--set", "engine.kv_cache_bytes=16777216", "--quantize", "float32"]
         environ = {key: v for key, v in os.environ.items() if not key.startswith("HEEDFUL_")}
         with self._log.open("ab") as output:
             self.process = subprocess.Popen(command, stderr=output, env=environ)
@@ -158,8 +159,8 @@ def test_a_refresh_by_ppo_ptx_from_votes_to_a_version(server: Server) -> None:
     assert set(training["overoptimisation"]) == {"reward_single", "reward_mean", "reward_min"}
     first, last = training["history"][0], training["history"][-1]
     # What serves and what trains are the same weights in two programs.
-    assert first["mismatch_nats"] < 0.1
-    assert abs(first["sampled_kl_nats"]) < 0.5
+    assert first["mismatch_nats"] < 1e-4
+    assert abs(first["sampled_kl_nats"]) < 1e-3
     assert last["ptx_norm"] > 0
     with Store(place.store_url) as store:
         version = store.get_policy(done.scope, "v1")
@@ -194,8 +195,8 @@ def test_the_preset_instructgpt_goes_from_demonstrations_to_a_version(
     first = training["history"][0]
     # What answers, what is learned and what the KL is measured from are the same at first.
     assert first["kl_nats"] == 0
-    assert abs(first["sampled_kl_nats"]) < 0.5
-    assert first["mismatch_nats"] < 0.1
+    assert abs(first["sampled_kl_nats"]) < 1e-3
+    assert first["mismatch_nats"] < 1e-4
     # The policy learns from the first iteration on, with the paper's γ as it stands.
     assert all(row["ptx_coefficient"] == 27.8 for row in training["history"])
     assert {row["beta"] for row in training["history"]} == {0.02}
