@@ -38,7 +38,6 @@ from heedful_trainer.rollouts.drawing import RolloutDrawer
 from heedful_trainer.rollouts.local import LocalSource
 from heedful_trainer.rollouts.records import Ids, Plan, Rollout
 from heedful_trainer.rollouts.store import RolloutStore
-from heedful_trainer.token_logprob import token_logprobs
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCAB, EOS, START = 64, 63, 62
@@ -106,8 +105,7 @@ class Toy:
         with torch.no_grad():
             batch = self.trained.batch(rows, keep=False)
             hidden = self.trained.hidden(batch, with_adapter=with_adapter)
-            packed = batch.packed
-            found = token_logprobs(hidden[packed.source_N], self.trained.head_VH, packed.target_N)
+            found = self.trained.answer_logprobs(batch, hidden)
         return -float(found.mean())
 
 

@@ -17,7 +17,6 @@ import torch
 from heedful_trainer.backbone import BackboneOptions, load_backbone
 from heedful_trainer.base import dequantize_command
 from heedful_trainer.packing import Row
-from heedful_trainer.token_logprob import token_logprobs
 from loop_support import loop_server, model_path, say
 from reward_samples import Bench
 from transformers import AutoModelForCausalLM
@@ -81,9 +80,8 @@ def _trained(directory: Path, dtype: str, rows: Sequence[Row]) -> list[float]:
     with torch.no_grad():
         for row in rows:
             batch = backbone.batch([row], keep=False)
-            hidden = backbone.hidden(batch, with_adapter=False)[batch.packed.source_N]
-            logprobs = token_logprobs(hidden, backbone.head_VH, batch.packed.target_N)
-            found += logprobs.tolist()
+            hidden = backbone.hidden(batch, with_adapter=False)
+            found += backbone.answer_logprobs(batch, hidden).tolist()
     return found
 
 

@@ -29,7 +29,6 @@ import transformers
 from heedful_trainer import losses
 from heedful_trainer.backbone import Backbone, BackboneOptions, load_backbone
 from heedful_trainer.packing import Row
-from heedful_trainer.token_logprob import token_logprobs
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
@@ -51,10 +50,8 @@ def make_rows(args: argparse.Namespace, vocab: int) -> list[Row]:
 def our_logprobs(backbone: Backbone, rows: list[Row], with_adapter: bool = True) -> Tensor:
     """Return log π(y|x) of every answer, by the trainer's own functions."""
     batch = backbone.batch(rows)
-    hidden = backbone.hidden(batch, with_adapter=with_adapter)
-    packed = batch.packed
-    found = token_logprobs(hidden[packed.source_N], backbone.head_VH, packed.target_N)
-    return losses.segment_logprobs(found, packed.owner_N, packed.num_answers)
+    found = backbone.answer_logprobs(batch, backbone.hidden(batch, with_adapter=with_adapter))
+    return losses.segment_logprobs(found, batch.packed.owner_N, batch.packed.num_answers)
 
 
 def our_step(backbone: Backbone, rows: list[Row], reference: Tensor) -> Step:

@@ -71,14 +71,7 @@ class Blocks:
 
 def make_blocks(segments: Sequence[Segment]) -> Blocks:
     """Sort segments into blocks of like size; together they cover every position once."""
-    by_size = sorted(range(len(segments)), key=lambda i: (segments[i].size, i), reverse=True)
-    groups: list[list[Segment]] = []
-    for index in by_size:
-        segment = segments[index]
-        if groups and _padding([*groups[-1], segment]) <= _MOST_PADDING:
-            groups[-1].append(segment)
-        else:
-            groups.append([segment])
+    groups = _groups(segments)
     place_T = torch.empty(sum(segment.size[0] for segment in segments), dtype=torch.long)
     blocks, offset = [], 0
     for group in groups:
@@ -139,10 +132,20 @@ def block_attention(
 AttentionInterface.register(BLOCKS, block_attention)
 
 
-def _padding(group: Sequence[Segment]) -> float:
-    sizes = [segment.size for segment in group]
-    padded = len(group) * max(size[0] for size in sizes) * max(size[1] for size in sizes)
-    return padded / sum(queries * keys for queries, keys in sizes)
+def _groups(segments: Sequence[Segment]) -> list[list[Segment]]:
+    groups: list[list[Segment]] = []
+    most_queries, most_keys, needed = 0, 0, 0  # of the last group
+    for segment in sorted(segments, key=lambda s: (*s.size, s.start), reverse=True):
+        queries, keys = segment.size
+        size = len(groups[-1]) + 1 if groups else 0
+        padded = size * most_queries * max(most_keys, keys)
+        if groups and padded <= _MOST_PADDING * (needed + queries * keys):
+            groups[-1].append(segment)
+            most_keys, needed = max(most_keys, keys), needed + queries * keys
+        else:
+            groups.append([segment])
+            most_queries, most_keys, needed = queries, keys, queries * keys
+    return groups
 
 
 def _block(group: Sequence[Segment]) -> Block:

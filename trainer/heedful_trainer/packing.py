@@ -43,7 +43,6 @@ class Packed:
     last_A: Tensor  # index of each answer's last token
     last_target_A: Tensor  # index within N of each answer's last token
     length_A: Tensor  # tokens of each answer
-    row_of_A: Tensor  # which row each answer is in
 
     @property
     def own_N(self) -> Tensor:  # noqa: N802 - carries its shape
@@ -59,18 +58,19 @@ class Packed:
 
 def pack(rows: Sequence[Row]) -> Packed:
     """Lay rows out as one sequence."""
-    parts = _Parts([], [], [], [], [], [], [])
+    parts = _Parts([], [], [], [], [], [])
     input_ids: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
-    for idx, row in enumerate(rows):
+    for row in rows:
+        assert row.prompt
         context = len(input_ids), len(input_ids) + len(row.prompt)
         input_ids += row.prompt
         positions += range(len(row.prompt))
         segments.append(Segment(*context, (0, 0)))
         for answer in row.answers:
             start = len(input_ids)
-            parts.add(idx, context[1] - 1, start, answer)
+            parts.add(context[1] - 1, start, answer)
             input_ids += answer
             positions += range(len(row.prompt), len(row.prompt) + len(answer))
             segments.append(Segment(start, len(input_ids), context))
@@ -106,10 +106,8 @@ class _Parts:
     last: list[int]
     last_target: list[int]
     length: list[int]
-    row_of: list[int]
 
-    def add(self, row: int, last_of_prompt: int, start: int, answer: tuple[int, ...]) -> None:
-        assert last_of_prompt >= 0
+    def add(self, last_of_prompt: int, start: int, answer: tuple[int, ...]) -> None:
         assert answer
         self.owner += [len(self.last)] * len(answer)
         self.target += answer
@@ -118,7 +116,6 @@ class _Parts:
         self.last.append(start + len(answer) - 1)
         self.last_target.append(len(self.target) - 1)
         self.length.append(len(answer))
-        self.row_of.append(row)
 
     def as_lists(self) -> tuple[list[int], ...]:
         return (
@@ -128,5 +125,4 @@ class _Parts:
             self.last,
             self.last_target,
             self.length,
-            self.row_of,
         )

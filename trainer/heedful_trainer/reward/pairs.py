@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from heedful_trainer.dataset.builders import Group
+from heedful_trainer.dataset.builders import Group, Order
 from heedful_trainer.packing import Row
 from heedful_trainer.reward.model import RewardModel
 
@@ -54,6 +54,15 @@ def pairs_of_groups(
     return found
 
 
+def pairs_of_order(order: Order) -> list[tuple[int, int, float]]:
+    """Return the pairs of one ranking: first and second answer, and the outcome, ½ for a tie."""
+    ranked = zip(order.answers, order.ranks, strict=True)
+    return [
+        (a, b, 0.5 if rank_a == rank_b else float(rank_a < rank_b))
+        for (a, rank_a), (b, rank_b) in itertools.combinations(ranked, 2)
+    ]
+
+
 def pair_differences(
     model: RewardModel, groups: Sequence[Group]
 ) -> tuple[list[float], list[float]]:
@@ -66,10 +75,7 @@ def pair_differences(
 def _wanted(group: Group) -> list[tuple[int, int, float, str]]:
     found: list[tuple[int, int, float, str]] = []
     for order in group.orders:
-        ranked = zip(order.answers, order.ranks, strict=True)
-        for (a, rank_a), (b, rank_b) in itertools.combinations(ranked, 2):
-            outcome = 0.5 if rank_a == rank_b else float(rank_a < rank_b)
-            found.append((a, b, outcome, order.source))
+        found += [(*pair, order.source) for pair in pairs_of_order(order)]
     ups = [answer for answer, up in group.thumbs if up]
     downs = [answer for answer, up in group.thumbs if not up]
     found += [(up, down, 1.0, "thumb") for up in ups for down in downs if up != down]

@@ -19,6 +19,7 @@ from heedful_trainer.config import RewardSettings
 from heedful_trainer.dataset.builders import Group
 from heedful_trainer.methods.hooks import Hooks
 from heedful_trainer.reward.model import RewardModel, pooled
+from heedful_trainer.reward.pairs import pairs_of_order
 
 _PENALTIES = (1.0, 3.0, 10.0, 30.0)
 _CAUTIOUS = 10.0  # where there is too little to choose by
@@ -172,16 +173,9 @@ def _said(
 ) -> Iterator[tuple[Tensor, float, float, float]]:
     """Yield vector, whether the bar counts, outcome and weight of all that one prompt got."""
     for order in group.orders:
-        pairs = [
-            (a, b)
-            for a in range(len(order.ranks))
-            for b in range(a + 1, len(order.ranks))
-            if order.ranks[a] != order.ranks[b] or not settings.drop_ties
-        ]
-        for a, b in pairs:
-            sign = order.ranks[b] - order.ranks[a]
-            vector = feature_KH[order.answers[a]] - feature_KH[order.answers[b]]
-            yield vector, 0.0, 0.5 if sign == 0 else float(sign > 0), 1 / len(pairs)
+        pairs = [p for p in pairs_of_order(order) if p[2] != 0.5 or not settings.drop_ties]
+        for first, second, outcome in pairs:
+            yield feature_KH[first] - feature_KH[second], 0.0, outcome, 1 / len(pairs)
     for bad in group.all_bad:
         for answer in bad:
             yield feature_KH[answer], 1.0, 0.0, 1 / len(bad)

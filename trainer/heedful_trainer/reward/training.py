@@ -191,7 +191,8 @@ def train_reward(
     objective = RewardObjective(
         model, settings, parts["train"], parts["validation"], config.run.seed
     )
-    objective.start(hooks)
+    if checkpoints.load_newest() is None:  # else it holds what the start became
+        objective.start(hooks)
     loop = LoopSettings(
         epochs=settings.epochs,
         seed=config.run.seed,
